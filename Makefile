@@ -1,0 +1,50 @@
+# Everything a developer types. Each target makes its own .venv when it is missing and reuses it otherwise.
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/.ready
+
+.PHONY: help setup demo test slow lint fix types bench clean
+help:
+	@echo "make demo    train, evaluate and extract on generated rooms; writes runs/demo/report.html"
+	@echo "make test    the test suite (CPU, no network)"
+	@echo "make slow    the test suite with the minutes-long tests"
+	@echo "make lint    ruff            make fix    let ruff mend and format"
+	@echo "make types   pyright         make bench  the MoE layer against its peers"
+	@echo "make clean   remove the environment, caches and runs/demo"
+
+setup: $(READY)
+$(READY): constraints.txt pyproject.toml $(wildcard tools/cpu-torchvision/*)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"moe_mtl needs Python 3.11 or newer, {sys.executable} is {v.major}.{v.minor}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" ./tools/cpu-torchvision
+	@touch $@
+
+demo: $(READY)
+	@[ ! -f runs/demo/results.json ] || rm -rf runs/demo  # a finished demo starts anew, a killed one goes on
+	@[ -f runs/demo/model.safetensors ] || $(PY) train.py procroom_demo --trainer.out=runs/demo
+	$(PY) eval.py runs/demo --limit=1024 --report=runs/demo/report.html
+
+test: $(READY)
+	$(PY) -m pytest -n 2 --dist=worksteal
+
+slow: $(READY)
+	$(PY) -m pytest -n 2 --dist=worksteal --runslow
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+fix: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(READY)  # the mapped folders laid out as the wheel lays them out (links, ignored by git)
+	@rm -rf .typecheck && mkdir -p .typecheck/moe_mtl
+	@ln -s $(CURDIR)/moe_mtl/* $(CURDIR)/kernels $(CURDIR)/models $(CURDIR)/weights .typecheck/moe_mtl/
+	$(PY) -m pyright
+
+bench: $(READY)
+	$(PY) benchmarks/moe_layer.py
+
+clean:
+	rm -rf .venv .typecheck .pytest_cache .ruff_cache build *.egg-info runs/demo

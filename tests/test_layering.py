@@ -1,0 +1,98 @@
+"""The direction of imports, read from the source: what each room may see of ours and of third parties."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# room -> rooms of ours it may import at all, at any depth of its code
+ALLOWED = {
+    "kernels": set(),
+    "routing": set(),
+    "losses": set(),
+    "tasks": {"losses"},
+    "testing": set(),
+    "gates": {"routing", "kernels", "tasks"},
+    "regularizers": {"routing", "tasks"},
+    "experts": {"routing", "kernels"},
+    "layers": {"routing", "gates", "experts"},
+    "heads": {"tasks"},
+    "multitask": {"heads", "layers", "routing", "tasks"},
+    "registry": {"tasks", "models"},
+    "backbones": {"kernels", "experts", "gates", "heads", "layers", "multitask", "tasks"},
+    "models": {"backbones", "experts", "gates", "layers", "multitask", "registry", "tasks"},
+    "sparse": {"multitask"},
+    "hub": {"registry", "tasks"},
+    "data": {"tasks"},
+    "metrics": {"tasks"},
+    "scoring": {"metrics", "tasks"},
+    "balancing": {"tasks"},
+    "cost": {"sparse", "multitask", "tasks"},
+    "memory": set(),
+    "palette": set(),
+    "viz": {"cost", "palette", "routing", "tasks"},
+    "report": {"viz", "cost", "tasks", "metrics", "hub"},
+    "trainer_config": set(),
+    "run_log": {"checkpoint", "hub"},
+    "checkpoint": {"hub", "tasks"},
+    "trainer": {
+        *("balancing", "checkpoint", "data", "hub", "regularizers", "run_log", "scoring", "tasks", "trainer_config"),
+    },
+    "recipes": {"data", "tasks", "trainer_config"},
+}
+# third party -> rooms that may import it
+THIRD_PARTY = {
+    "triton": {"kernels"},
+    "timm": {"backbones"},
+    "transformers": {"backbones"},
+    "datasets": {"data"},
+    "accelerate": {"trainer"},
+    "torchmetrics": {"metrics", "scoring"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def sources():
+    for path in (
+        sorted(ROOT.glob("moe_mtl/**/*.py")) + sorted(ROOT.glob("kernels/*.py")) + sorted(ROOT.glob("models/*.py"))
+    ):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        room = parts[0] if parts[0] != "moe_mtl" else parts[1]
+        if room != "__init__":
+            yield pytest.param(room, path, id=str(path.relative_to(ROOT)))
+
+
+def violations(room: str, found: set[str]) -> set[str]:
+    bad = set()
+    for name in found:
+        top, *rest = name.split(".")
+        if top == "moe_mtl" and rest and rest[0] != "__version__":
+            if rest[0] != room and rest[0] not in ALLOWED[room]:
+                bad.add(name)
+        elif room not in THIRD_PARTY.get(top, {room}) or top in ("kernels", "models", "weights"):
+            bad.add(name)
+    return bad
+
+
+@pytest.mark.parametrize("room, path", sources())
+def test_rooms_import_downwards_only(room, path):
+    assert room in ALLOWED, f"{room} is a new room: add what it may import to ALLOWED"
+    assert violations(room, imports(path)) == set()
+
+
+def test_the_check_itself_sees_an_upward_import(tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text("import timm\ndef f():\n    from moe_mtl.trainer import Trainer\n    import kernels.ops\n")
+    assert violations("gates", imports(bad)) == {"timm", "moe_mtl.trainer", "moe_mtl.trainer.Trainer", "kernels.ops"}
