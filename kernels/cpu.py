@@ -1,0 +1,350 @@
+"""Expert kernels in plain torch: sorted segments, or one padded batched product when experts see few rows each.
+
+Written for the CPU and run there by default; nothing in it is specific to a device. Called below autograd by
+`moe_mtl.kernels.ops`, which owns shapes, dtypes and the meaning of the arguments. Axis letters are those of
+`moe_mtl.routing`; `c` is the padded number of rows per expert and `z` the pre-activation.
+
+Never here: a tensor of tokens x experts x hidden, a weight selected by index under autograd (its backward writes a
+whole bank of zeros per expert), or the expert outputs kept for the router's gradient, which is <dy w2, h> + <dy, b2>.
+
+In the backward the gate p joins late: da = dy w2 goes without it, because the router's gradient is <da, h> and p may be
+zero; p da and p dy carry it from there, multiplied in the dtype of p and rounded once. Bias gradients are sums of these
+and not products with p: a matrix-vector product adds up in one running value, a sum in many.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+# name -> (value into out, gradient times derivative into grad_input; in place is allowed)
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "gelu": (
+        lambda z, out: torch._C._nn.gelu(z, out=out),
+        lambda grad, z, out: aten.gelu_backward.grad_input(grad, z, grad_input=out),
+    ),
+    "silu": (
+        lambda z, out: torch._C._nn.silu(z, out=out),
+        lambda grad, z, out: aten.silu_backward.grad_input(grad, z, grad_input=out),
+    ),
+    "relu": (
+        lambda z, out: torch.clamp_min(z, 0, out=out),
+        lambda grad, z, out: aten.threshold_backward.grad_input(grad, z, 0, grad_input=out),
+    ),
+}
+
+# Padding pays up to this many rows per expert: it saves one chain of calls, and one waking of all threads, per expert.
+PADDED_ROWS = 32
+
+
+def combine(ys: Tensor, index: Tensor, k: int, weights: Tensor | None) -> Tensor:
+    """Sums k rows of ys per token, weighted: [rows, o], index int32 [m k], weights [m k] or None -> [m, o].
+
+    A bag sum reads each row once and accumulates in float32; float64 has no such kernel on the CPU.
+    """
+    if ys.dtype != torch.float64:
+        bags = torch.arange(0, index.shape[0], k, dtype=index.dtype, device=index.device)
+        return torch.embedding_bag(ys, index, bags, False, 0, False, weights)[0]
+    rows = ys.index_select(0, index).view(-1, k, ys.shape[1])
+    return rows.sum(1) if weights is None else torch.bmm(weights.view(-1, 1, k), rows).view(-1, ys.shape[1])
+
+
+def use_padded(bounds: list[int]) -> bool:
+    """Whether the padded batched product is the faster path for these segment bounds [e + 1]."""
+    used, experts = bounds[-1], len(bounds) - 1
+    return used > 0 and _most(bounds) * experts <= used + PADDED_ROWS * experts
+
+
+def _most(bounds: list[int]) -> int:
+    """Rows of the busiest expert."""
+    return max(stop - start for start, stop in pairwise(bounds))
+
+
+def moe_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    gates: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    activation: str,
+    glu: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """Forward of `ops.moe_mlp`: y [m, o] and the sorted pre-activations z [r, (1|2)h], empty unless `save`."""
+    bounds = offsets.tolist()
+    run = _forward_padded if use_padded(bounds) else _forward_segments
+    return run(x, w1, b1, w2, b2, gates, order, inverse, offsets, bounds, activation, glu, save)
+
+
+def moe_mlp_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    z: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b2: Tensor | None,
+    gates: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    activation: str,
+    glu: bool,
+    need: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w1, b1, w2, b2 and gates, in that order; None where `need` is False."""
+    bounds = offsets.tolist()
+    run = _backward_padded if use_padded(bounds) else _backward_segments
+    return run(dy, x, z, w1, w2, b2, gates, order, inverse, offsets, bounds, activation, glu, need)
+
+
+def _hidden(z: Tensor, out: Tensor, activation: str, glu: bool) -> Tensor:
+    """act(z), or act(first half) * second half, into out."""
+    value = ACTIVATIONS[activation][0]
+    if not glu:
+        return value(z, out)
+    gate, up = z.chunk(2, dim=-1)
+    return value(gate, out).mul_(up)
+
+
+def _hidden_backward(da: Tensor, z: Tensor, out: Tensor, activation: str, glu: bool) -> Tensor:
+    """The gradient of `_hidden` for the incoming da, into out, which may be da itself when there is no gate half."""
+    value, derivative = ACTIVATIONS[activation]
+    if not glu:
+        return derivative(da, z, out)
+    gate, up = z.chunk(2, dim=-1)
+    dgate, dup = out.chunk(2, dim=-1)
+    value(gate, dup).mul_(da)
+    derivative(torch.mul(da, up, out=dgate), gate, dgate)
+    return out
+
+
+def _linear(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
+    return torch.mm(x, w.t(), out=out) if b is None else torch.addmm(b, x, w.t(), out=out)
+
+
+def _linear_padded(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
+    return torch.bmm(x, w.mT, out=out) if b is None else torch.baddbmm(b[:, None], x, w.mT, out=out)
+
+
+def _unbind(bias: Tensor | None, experts: int) -> tuple[Tensor | None, ...]:
+    return (None,) * experts if bias is None else bias.unbind()
+
+
+def _slot_gates(gates: Tensor, inverse: Tensor, used: int) -> Tensor:
+    """Gates by slot, flat; zero where the slot is unused, whatever stands there."""
+    flat = gates.reshape(-1)
+    return flat if used == flat.shape[0] else flat.masked_fill(inverse >= used, 0)
+
+
+def _forward_segments(x, w1, b1, w2, b2, gates, order, inverse, offsets, bounds, activation, glu, save):
+    (m, k), experts, hidden, used, most = gates.shape, w1.shape[0], w2.shape[2], bounds[-1], _most(bounds)
+    tokens = order // k
+    z = x.new_empty(m * k if save else 0, w1.shape[1])
+    ys = x.new_empty(m * k, w2.shape[1])
+    # Buffers one expert long stay in cache and are not paged in anew for every expert.
+    xs_buffer, h_buffer = x.new_empty(most, x.shape[1]), x.new_empty(most, hidden)
+    z_buffer = None if save else x.new_empty(most, w1.shape[1])
+    weights = zip(w1.unbind(), _unbind(b1, experts), w2.unbind(), _unbind(b2, experts), strict=True)
+    for start, stop, (w1_e, b1_e, w2_e, b2_e) in zip(bounds, bounds[1:], weights, strict=False):
+        if (rows := stop - start) == 0:
+            continue
+        xs = torch.index_select(x, 0, tokens[start:stop], out=xs_buffer[:rows])
+        z_e = _linear(xs, w1_e, b1_e, z[start:stop] if save else z_buffer[:rows])
+        h = _hidden(z_e, h_buffer[:rows], activation, glu)
+        _linear(h, w2_e, b2_e, ys[start:stop])
+    if used < m * k:
+        ys[used:].zero_()
+        z[used:].zero_()
+    return combine(ys, inverse, k, _slot_gates(gates, inverse, used).to(x.dtype)), z
+
+
+def _backward_segments(dy, x, z, w1, w2, b2, gates, order, inverse, offsets, bounds, activation, glu, need):
+    need_x, need_w1, need_b1, need_w2, need_b2, need_gates = need
+    need_z = need_x or need_w1 or need_b1
+    (m, k), (experts, wide, dim), (_, out_dim, hidden) = gates.shape, w1.shape, w2.shape
+    used, most = bounds[-1], _most(bounds)
+    tokens = order // k
+    p = _slot_gates(gates, inverse, used).index_select(0, order)[:, None]
+    dw1 = torch.empty_like(w1) if need_w1 else None
+    db1 = w1.new_empty(experts, wide) if need_b1 else None
+    dw2 = torch.empty_like(w2) if need_w2 else None
+    db2 = w2.new_empty(experts, out_dim) if need_b2 else None
+    dp = gates.new_empty(m * k) if need_gates else None
+    dxs = dy.new_empty(m * k, dim) if need_x else None
+    g_buffer, x_buffer = dy.new_empty(most, out_dim), dy.new_empty(most, dim) if need_w1 else None
+    da_buffer, h_buffer = dy.new_empty(most, hidden), dy.new_empty(most, hidden)
+    dz_buffer = dy.new_empty(most, wide) if glu and need_z else None
+    product = dy.new_empty(most, hidden) if need_gates else None
+    w1, w2, b2 = w1.unbind(), w2.unbind(), _unbind(b2, experts)
+    for e, (start, stop) in enumerate(pairwise(bounds)):
+        if (rows := stop - start) == 0:
+            for grad in (dw1, db1, dw2, db2):
+                if grad is not None:
+                    grad[e].zero_()
+            continue
+        p_e, z_e = p[start:stop], z[start:stop]
+        g = torch.index_select(dy, 0, tokens[start:stop], out=g_buffer[:rows])
+        if need_z or need_gates:
+            da = torch.mm(g, w2[e], out=da_buffer[:rows])
+        if need_w2 or need_gates:
+            h = _hidden(z_e, h_buffer[:rows], activation, glu)
+        if need_gates:
+            dp_e = torch.sum(torch.mul(da, h, out=product[:rows]), 1, dtype=dp.dtype, out=dp[start:stop])
+            if b2[e] is not None:
+                dp_e += torch.mv(g, b2[e])
+        if need_b2 or need_w2:
+            g.mul_(p_e)
+        if need_b2:
+            torch.sum(g, 0, out=db2[e])
+        if need_w2:
+            torch.mm(g.t(), h, out=dw2[e])
+        if need_z:
+            dz = _hidden_backward(da.mul_(p_e), z_e, dz_buffer[:rows] if glu else da, activation, glu)
+        if need_b1:
+            torch.sum(dz, 0, out=db1[e])
+        if need_w1:
+            xs = torch.index_select(x, 0, tokens[start:stop], out=x_buffer[:rows])
+            torch.mm(dz.t(), xs, out=dw1[e])
+        if need_x:
+            torch.mm(dz, w1[e], out=dxs[start:stop])
+    if used < m * k:
+        for tail in (dxs, dp):
+            if tail is not None:
+                tail[used:].zero_()
+    dx = combine(dxs, inverse, k, None) if need_x else None
+    dgates = dp.index_select(0, inverse).view(m, k) if need_gates else None
+    return dx, dw1, db1, dw2, db2, dgates
+
+
+def _pad(offsets: Tensor, bounds: list[int], inverse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Index maps between sorted rows and the padded block of e x c rows.
+
+    Returns:
+        Which places hold a row [e, c]; the sorted row in every place [e c], where places past an expert's rows repeat
+        its last one, so that a NaN reaches no other expert; the place of every used sorted row [used]; the place of
+        every slot [m k], unused slots at e c, one past the block.
+    """
+    used, slots = bounds[-1], inverse.shape[0]
+    starts, last = offsets[:-1, None], (offsets[1:, None] - 1).clamp_min_(0)
+    rows = starts + torch.arange(_most(bounds), dtype=torch.int32, device=offsets.device)
+    filled = rows < offsets[1:, None]
+    place = filled.view(-1).nonzero().view(-1)  # places and sorted rows are both ordered by expert
+    by_row = place if used == slots else torch.cat([place, place.new_full((slots - used,), filled.numel())])
+    return filled, torch.minimum(rows, last).view(-1), place, by_row.index_select(0, inverse)
+
+
+def _forward_padded(x, w1, b1, w2, b2, gates, order, inverse, offsets, bounds, activation, glu, save):
+    k, experts, used = gates.shape[1], w1.shape[0], bounds[-1]
+    filled, rows, place, slots = _pad(offsets, bounds, inverse)
+    c = filled.shape[1]
+    xs = x.index_select(0, order.index_select(0, rows) // k).view(experts, c, -1)
+    z = _linear_padded(xs, w1, b1, x.new_empty(experts, c, w1.shape[1]))
+    h = _hidden(z, x.new_empty(experts, c, w2.shape[2]), activation, glu)
+    spare = used < inverse.shape[0]
+    ys = x.new_empty(experts * c + spare, w2.shape[1])
+    _linear_padded(h, w2, b2, ys[: experts * c].view(experts, c, -1))
+    if spare:
+        ys[-1].zero_()
+    y = combine(ys, slots, k, _slot_gates(gates, inverse, used).to(x.dtype))
+    if not save:
+        return y, x.new_empty(0, w1.shape[1])
+    z = z.view(experts * c, -1)
+    if not spare:
+        return y, z.index_select(0, place)
+    saved = z.new_zeros(inverse.shape[0], z.shape[1])
+    torch.index_select(z, 0, place, out=saved[:used])
+    return y, saved
+
+
+def _backward_padded(dy, x, z, w1, w2, b2, gates, order, inverse, offsets, bounds, activation, glu, need):
+    need_x, need_w1, need_b1, need_w2, need_b2, need_gates = need
+    need_z = need_x or need_w1 or need_b1
+    (m, k), (experts, wide, _), hidden, used = gates.shape, w1.shape, w2.shape[2], bounds[-1]
+    filled, rows, _, slots = _pad(offsets, bounds, inverse)
+    c = filled.shape[1]
+    slot = order.index_select(0, rows)
+    tokens = slot // k
+    p = _slot_gates(gates, inverse, used).index_select(0, slot).view(experts, c)
+    p = p.masked_fill_(~filled, 0)[..., None]
+    dx = dw1 = db1 = dw2 = db2 = dgates = h = None
+
+    g = dy.index_select(0, tokens).view(experts, c, -1)
+    z = z.index_select(0, rows).view(experts, c, wide)
+    if need_w2 or need_gates:
+        h = _hidden(z, torch.empty(experts, c, hidden, dtype=z.dtype, device=z.device), activation, glu)
+    if need_z or need_gates:
+        da = torch.bmm(g, w2)
+    if need_gates:
+        dp = torch.sum(da * h, 2, dtype=gates.dtype)
+        if b2 is not None:
+            dp += torch.bmm(g, b2[..., None])[..., 0]
+        dp = dp.view(-1)
+        if used < m * k:
+            dp = torch.cat([dp, dp.new_zeros(1)])
+        dgates = dp.index_select(0, slots).view(m, k)
+    if need_b2 or need_w2:
+        g.mul_(p)
+    if need_b2:
+        db2 = g.sum(1)
+    if need_w2:
+        dw2 = torch.bmm(g.mT, h)
+    if need_z:
+        dz = _hidden_backward(da.mul_(p), z, torch.empty_like(z) if glu else da, activation, glu)
+    if need_b1:
+        db1 = dz.sum(1)
+    if need_w1:
+        dw1 = torch.bmm(dz.mT, x.index_select(0, tokens).view(experts, c, -1))
+    if need_x:
+        spare = used < m * k
+        dxs = dy.new_empty(experts * c + spare, w1.shape[2])
+        torch.bmm(dz, w1, out=dxs[: experts * c].view(experts, c, -1))
+        if spare:
+            dxs[-1].zero_()
+        dx = combine(dxs, slots, k, None)
+    for e in (e for e in range(experts) if bounds[e] == bounds[e + 1]):
+        for grad in (dw1, db1, dw2, db2):
+            if grad is not None:
+                grad[e].zero_()
+    return dx, dw1, db1, dw2, db2, dgates
+
+
+def grouped_linear(x: Tensor, w: Tensor, b: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor) -> Tensor:
+    """Forward of `ops.grouped_linear`: y [m, o]."""
+    bounds, groups = offsets.tolist(), w.shape[0]
+    xs = x.index_select(0, order)
+    ys = x.new_empty(x.shape[0], w.shape[1])
+    for start, stop, w_e, b_e in zip(bounds, bounds[1:], w.unbind(), _unbind(b, groups), strict=False):
+        if stop > start:
+            _linear(xs[start:stop], w_e, b_e, ys[start:stop])
+    ys[bounds[-1] :].zero_()
+    return ys.index_select(0, inverse)
+
+
+def grouped_linear_backward(
+    dy: Tensor, x: Tensor | None, w: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, need: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w and b, in that order; None where `need` is False."""
+    need_x, need_w, need_b = need
+    bounds = offsets.tolist()
+    g = dy.index_select(0, order)
+    xs = x.index_select(0, order) if need_w else None
+    dxs = dy.new_empty(dy.shape[0], w.shape[2]) if need_x else None
+    dw = torch.empty_like(w) if need_w else None
+    db = w.new_empty(w.shape[:2]) if need_b else None
+    for e, (start, stop, w_e) in enumerate(zip(bounds, bounds[1:], w.unbind(), strict=False)):
+        if need_x:
+            torch.mm(g[start:stop], w_e, out=dxs[start:stop])
+        if need_w:  # a product over zero rows is an exact zero
+            torch.mm(g[start:stop].t(), xs[start:stop], out=dw[e])
+        if need_b:
+            torch.sum(g[start:stop], 0, out=db[e])
+    if need_x:
+        dxs[bounds[-1] :].zero_()
+    return dxs.index_select(0, inverse) if need_x else None, dw, db
