@@ -1,0 +1,66 @@
+"""The contract every gate keeps."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal, Self
+
+from torch import Tensor, nn
+
+from moe_mtl.routing import Routing, TaskIds
+
+
+class Gate(nn.Module, ABC):
+    """Maps tokens and their task to expert weights.
+
+    A gate stores nothing between calls, adds no loss and never calls `backward`; everything a loss or a picture may
+    need is in the `Routing` it returns. Router arithmetic is float32 whatever the autocast dtype.
+
+    Args:
+        dim: width d of the tokens.
+        num_experts: experts e in the bank.
+        num_tasks: tasks t; ids are 0..t-1.
+        k: experts used per token, 1..e.
+
+    Raises:
+        ValueError: a size is below 1 or k exceeds num_experts.
+    """
+
+    compute_class: ClassVar[Literal["dense", "token", "task", "weight"]]
+    # False: the same weights for every task, so features stay shared and tasks need not be stacked after this gate.
+    task_dependent: ClassVar[bool] = True
+
+    def __init__(self, dim: int, num_experts: int, num_tasks: int, k: int):
+        super().__init__()
+        for name, value in (("dim", dim), ("num_experts", num_experts), ("num_tasks", num_tasks), ("k", k)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
+        if k > num_experts:
+            raise ValueError(f"k: got {k}, more than the {num_experts} experts; use k <= num_experts")
+        self.dim, self.num_experts, self.num_tasks, self.k = dim, num_experts, num_tasks, k
+
+    @abstractmethod
+    def forward(self, x: Tensor, task: TaskIds | None, valid: Tensor | None = None) -> Routing:
+        """Routes tokens.
+
+        Args:
+            x: tokens [m, d].
+            task: one id; one id per equal contiguous block of rows; int64 ids [m]; or, for a gate that does not depend
+                on the task, None for rows that serve every task at once.
+            valid: bool [m], False for padding, which no statistic counts.
+        """
+
+    def reachable(self, task: int) -> tuple[int, ...] | None:
+        """Ids of the experts this task can ever use, when that does not depend on the input; None for all."""
+        return None
+
+    @abstractmethod
+    def zero_scores(self) -> None:
+        """Makes, in place, every score zero until the gate learns: all experts then weigh the same."""
+
+    @abstractmethod
+    def for_tasks(self, tasks: Sequence[int]) -> Self:
+        """A gate for these tasks alone, renumbered 0, 1, ... in the given order, holding no parameter of another."""
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        return f"dim={self.dim}, num_experts={self.num_experts}, num_tasks={self.num_tasks}, k={self.k}"

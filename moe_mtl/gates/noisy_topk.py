@@ -1,0 +1,43 @@
+"""Noisy top-k gate: every task has a router of its own, which sends each token to k shared experts.
+
+Paper: Fan et al. 2022, https://arxiv.org/abs/2210.14793 (M3ViT, the multi-gate variant).
+Differs: one task can be run alone (the authors' code runs all of them in this mode); noise defaults to V-MoE's scale
+    where the authors' published command has none.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from moe_mtl.gates._router import TaskLinear
+from moe_mtl.gates._topk import Normalize, TopKGate
+from moe_mtl.routing import TaskIds
+
+
+class NoisyTopKGate(TopKGate):
+    """The k largest of softmax(W_t x + noise) over all experts; arguments as in `TopKGate`."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        num_tasks: int,
+        k: int,
+        *,
+        noise_std: float = 1.0,
+        normalize: Normalize = "none",
+    ):
+        super().__init__(dim, num_experts, num_tasks, k, noise_std=noise_std, normalize=normalize)
+        self.router = TaskLinear(dim, num_experts, num_tasks, bias=False)
+
+    def scores(self, x: Tensor, task: TaskIds) -> Tensor:
+        """W_t x, [m, e]."""
+        return self.router(x, task)
+
+    def zero_scores(self) -> None:
+        """Makes, in place, every router zero."""
+        self.router.zero_scores()
+
+    def keep_tasks(self, tasks: Sequence[int]) -> None:
+        """Drops, in place, the routers of every task but these."""
+        self.router.keep_tasks(tasks)

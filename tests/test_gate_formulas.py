@@ -1,0 +1,119 @@
+"""Each gate's formula on numbers worked out by hand, and the noise of the sparse gates."""
+
+import math
+
+import pytest
+import torch
+
+from moe_mtl.gates import GATES, create_gate
+
+every_topk_gate = pytest.mark.parametrize("name", sorted(set(GATES) - {"softmax"}))
+LOG = math.log
+ONE = torch.ones(1, 1)
+
+
+def fill(parameter: torch.Tensor, values) -> None:
+    with torch.no_grad():
+        parameter.copy_(torch.as_tensor(values, dtype=parameter.dtype).reshape(parameter.shape))
+
+
+def close(actual: torch.Tensor, expected, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(actual, torch.tensor(expected), atol=atol, rtol=0)
+
+
+def test_softmax_gate_by_hand():
+    # x = 1, W = (0, 0, log 5), c = (0, log 2, 0): scores log(1, 2, 5), so weights (1, 2, 5) / 8.
+    gate = create_gate("softmax", 1, 3, 2)
+    fill(gate.router.weight[1], [0, 0, LOG(5)])
+    fill(gate.router.bias[1], [0, LOG(2), 0])
+    routing = gate(ONE, 1)
+    close(routing.weights, [[0.125, 0.25, 0.625]])
+    close(routing.logits, [[0.0, LOG(2), LOG(5)]])
+    assert routing.indices is None
+    assert not create_gate("softmax", 1, 3, 2).router.bias[0].any()
+
+
+@pytest.mark.parametrize("name", ["noisy_topk", "task_blind"])
+def test_topk_by_hand(name):
+    # x = 1, W = log(1, 2, 5): softmax (1, 2, 5) / 8; the two largest are 5/8 and 2/8, which sum to 7/8.
+    def gate(normalize):
+        built = create_gate(name, 1, 3, 2, 2, normalize=normalize).eval()
+        weight = built.weight if name == "task_blind" else built.router.weight[1]
+        fill(weight, [0, LOG(2), LOG(5)])
+        return built, weight
+
+    built, weight = gate("none")
+    routing = built(ONE, 1)
+    assert routing.indices.tolist() == [[2, 1]]
+    close(routing.weights, [[5 / 8, 2 / 8]])
+    # d p_2 / d l_j = p_2 (delta_2j - p_j) = 5/8 (-1/8, -2/8, 3/8), and x = 1 makes it the gradient of W.
+    routing.weights.backward(torch.tensor([[1.0, 0.0]]))
+    close(weight.grad, [[-5 / 64], [-10 / 64], [15 / 64]])
+
+    built, weight = gate("detached")
+    routing = built(ONE, 1)
+    close(routing.weights, [[5 / 7, 2 / 7]])
+    # The sum 7/8 is a constant to the gradient: the same numbers divided by 7/8.
+    routing.weights.backward(torch.tensor([[1.0, 0.0]]))
+    close(weight.grad, [[-5 / 56], [-10 / 56], [15 / 56]])
+
+
+def test_task_embedding_by_hand():
+    # a = 0, V = 1, b = 0. u_0 = (0, 1): gelu gives (0, g), whose LayerNorm is (-1, 1) whatever g, up to its epsilon.
+    # u_1 = (1, 0) gives (1, -1). With W_x = (0, log 2, 0) and W_s rows (0, c_e), c = (0, 0, log 5), x = 1:
+    # task 0 scores log(1, 2, 5), task 1 log(1, 2, 1/5), whose softmax is (1, 2, 0.2) / 3.2.
+    gate = create_gate("task_embedding", 1, 3, 2, 1, embedding_dim=2).eval()
+    fill(gate.table[0], [0, 1])
+    fill(gate.table[1], [1, 0])
+    fill(gate.table_bias, [0, 0])
+    fill(gate.project.weight, [[1, 0], [0, 1]])
+    fill(gate.project.bias, [0, 0])
+    fill(gate.weight, [[0, 0, 0], [LOG(2), 0, 0], [0, 0, LOG(5)]])
+    close(gate.embed((0, 1)), [[-1.0, 1.0], [1.0, -1.0]], atol=1e-4)
+    routing = gate(torch.ones(2, 1), (0, 1))
+    assert routing.indices.tolist() == [[2], [1]]
+    close(routing.weights, [[5 / 8], [2 / 3.2]], atol=1e-4)
+
+
+def test_task_embedding_is_an_mlp_over_the_one_hot_beside_each_token():
+    torch.manual_seed(0)
+    gate, x = create_gate("task_embedding", 6, 5, 4, 2, embedding_dim=3).eval(), torch.randn(4, 6)
+    first = torch.nn.Linear(4, 3)
+    fill(first.weight, torch.stack(tuple(gate.table), dim=1))
+    fill(first.bias, gate.table_bias.detach())
+    mlp = torch.nn.Sequential(first, torch.nn.GELU(), gate.project, gate.norm)
+    vector = mlp(torch.eye(4)[2])
+    expected = torch.cat([x, vector.expand(4, 3)], dim=1) @ gate.weight.T
+    torch.testing.assert_close(gate(x, 2).logits, expected)
+
+
+@every_topk_gate
+def test_noise_has_the_stated_scale_and_decides_the_choice(name):
+    experts, noise_std, m = 5, 2.0, 4000
+    torch.manual_seed(8)
+    gate = create_gate(name, 6, experts, 4, 2, noise_std=noise_std).train()
+    routing = gate(torch.randn(m, 6), 0)
+    noise = (routing.noisy_logits - routing.logits).flatten()
+    sigma = noise_std / experts
+    # Standard errors of a mean and of a standard deviation over n normal draws: sigma / sqrt(n), sigma / sqrt(2 n).
+    assert abs(noise.mean()) < 4 * sigma / math.sqrt(noise.numel())
+    assert abs(noise.std() - sigma) < 4 * sigma / math.sqrt(2 * noise.numel())
+    assert routing.noise_std.item() == pytest.approx(sigma)
+    probs = routing.noisy_logits.softmax(-1)
+    assert torch.equal(routing.indices, probs.topk(2).indices)
+    torch.testing.assert_close(routing.weights, probs.topk(2).values)
+    assert not torch.equal(routing.indices, routing.probs().topk(2).indices)
+
+
+@every_topk_gate
+def test_no_noise_in_eval_or_at_zero(name):
+    torch.manual_seed(9)
+    x, noisy = torch.randn(5, 6), create_gate(name, 6, 5, 4, 2, noise_std=3.0).eval()
+    quiet = create_gate(name, 6, 5, 4, 2, noise_std=0.0).train()
+    quiet.load_state_dict(noisy.state_dict())
+    for gate in (quiet, noisy):
+        assert gate(x, 1).noisy_logits is None
+        assert gate(x, 1).noise_std is None
+    assert torch.equal(quiet(x, 1).dense_weights(), noisy(x, 1).dense_weights())
+    noisy.train()
+    assert not torch.equal(noisy(x, 1).noisy_logits, noisy(x, 1).noisy_logits)
