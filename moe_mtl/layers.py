@@ -1,0 +1,141 @@
+"""The MoE layer: gate -> dispatch -> experts -> combine; and the same layer inside a block that knows no tasks."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from moe_mtl.experts import ExpertBank
+from moe_mtl.gates import Gate
+from moe_mtl.routing import Routing, TaskIds
+
+
+class MoE(nn.Module):
+    """Task-gated mixture of experts on flattened tokens.
+
+    Args:
+        gate: decides which experts each token uses.
+        experts: the stacked expert bank; its size and width must be the gate's.
+
+    Raises:
+        ValueError: gate and bank disagree on the number of experts or the width.
+    """
+
+    def __init__(self, gate: Gate, experts: ExpertBank):
+        super().__init__()
+        for what, ours, theirs in (
+            ("num_experts", gate.num_experts, experts.num_experts),
+            ("dim", gate.dim, experts.dim),
+        ):
+            if ours != theirs:
+                raise ValueError(f"{what}: the gate has {ours}, the expert bank {theirs}; build both with one value")
+        self.gate = gate
+        self.experts = experts
+
+    def forward(self, x: Tensor, task: TaskIds | None, valid: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Mixes experts per token.
+
+        Args:
+            x: tokens [m, d].
+            task: as `Gate.forward` takes it.
+            valid: bool [m]; padding rows use no expert and give zeros.
+
+        Returns:
+            Outputs [m, d_out] and the routing that made them.
+        """
+        routing = self.gate(x, task, valid)
+        return self.experts(x, routing), routing
+
+
+class TaskContext:
+    """Carries the tasks of a forward pass to MoE layers inside blocks that take and return plain tensors.
+
+    Owned by the wrapping model, which opens it around its backbone. A plain object, not a module and not a
+    `ContextVar`: attribute reads trace under `torch.compile` and strict `torch.export`. One forward at a time: threads
+    must not share a model.
+    """
+
+    def __init__(self):
+        self.active = False
+        self.stacked = False
+        self.task: TaskIds = ()
+        self.routings: dict[str, Routing] = {}
+
+    @contextmanager
+    def open(self, task: TaskIds) -> Iterator[dict[str, Routing]]:
+        """Sets the tasks for one forward and collects what each layer routed.
+
+        Args:
+            task: one id for every sample; a sequence of ids, for which samples are repeated once each at the stacking
+                point; or int64 ids [b], one per sample.
+
+        Raises:
+            RuntimeError: a forward is under way.
+        """
+        if self.active:
+            raise RuntimeError("this model is in the middle of another forward; threads must not share a model")
+        self.active, self.stacked, self.task, self.routings = True, False, task, {}
+        try:
+            yield self.routings
+        finally:
+            self.active, self.stacked, self.task, self.routings = False, False, (), {}
+
+    def stack(self, x: Tensor) -> Tensor:
+        """Repeats [b, ...] to [(t b), ...] once per forward, when several tasks were asked for."""
+        if not self.active:
+            raise RuntimeError("a task-routed block ran outside its model: call the MultiTaskModel, not its backbone")
+        if isinstance(self.task, Sequence) and not self.stacked:
+            self.stacked = True
+            return x.repeat(len(self.task), *(1 for _ in x.shape[1:]))
+        return x
+
+
+class ContextMoE(nn.Module):
+    """An `MoE` in the place of a block's MLP: plain tensors in and out, the task from a `TaskContext`.
+
+    Args:
+        moe: the layer.
+        context: the wrapping model's context.
+        name: the key of its `Routing` in what the model returns.
+    """
+
+    def __init__(self, moe: MoE, context: TaskContext, name: str):
+        super().__init__()
+        self.moe = moe
+        self.context = context
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [b, ..., d] to [b, ..., d_out].
+
+        Raises:
+            RuntimeError: called outside a forward of the wrapping model, so that the task is unknown.
+        """
+        context = self.context
+        if not context.active:
+            raise RuntimeError(
+                f"{self.name} has no task: call the MultiTaskModel, not its backbone, and leave the backbone's own "
+                "activation checkpointing off (it calls blocks again after the forward)"
+            )
+        task: TaskIds | None = context.task
+        if isinstance(task, Sequence) and not context.stacked:
+            task = None  # one pass serves all tasks: only a task-independent gate runs before the stacking point
+        elif isinstance(task, Tensor):
+            task = task.repeat_interleave(x[0, ..., 0].numel())
+        y, routing = self.moe(x.flatten(0, -2), task)
+        context.routings[self.name] = routing
+        return y.unflatten(0, x.shape[:-1])
+
+
+class TaskStacking:
+    """Forward pre-hook of the first task-dependent block: repeats its first argument, the hidden states, per task.
+
+    An object rather than a closure, so that a deep copy of the model hooks the copy's own context.
+    """
+
+    def __init__(self, context: TaskContext):
+        self.context = context
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple:
+        """The block's positional arguments with the hidden states stacked."""
+        return (self.context.stack(args[0]), *args[1:])

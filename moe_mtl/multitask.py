@@ -1,0 +1,201 @@
+"""MultiTaskModel: a backbone with task-gated layers and one head per task, behind one call.
+
+model(x)                         {task: prediction}, all tasks
+model(x, tasks=["depth"])        only that pathway
+model(x, tasks=ids)              int64 [b], one task per sample: {task: (rows, prediction)}
+model(x, return_routing=True)    (predictions, {layer: Routing})
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_mtl.heads import Features
+from moe_mtl.layers import ContextMoE, TaskContext
+from moe_mtl.routing import Routing, TaskIds
+from moe_mtl.tasks import Task, check_tasks, nearest
+
+Predictions = dict[str, Any]
+
+
+def task_ids(known: Sequence[Task], names: Sequence[str] | str) -> tuple[int, ...]:
+    """Positions of task names.
+
+    Raises:
+        ValueError: a name that is unknown (the nearest are listed) or given twice, or no name at all.
+    """
+    order = {task.name: i for i, task in enumerate(known)}
+    names = [names] if isinstance(names, str) else list(names)
+    if not names:
+        raise ValueError(f"tasks: got an empty list; name at least one of {', '.join(order)}")
+    for name in names:
+        if name not in order:
+            raise ValueError(f"tasks: unknown task {name!r}; {nearest(str(name), order)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"tasks: {names} names a task twice")
+    return tuple(order[name] for name in names)
+
+
+def present_ids(x: Tensor, ids: Tensor, count: int) -> list[int]:
+    """The distinct task ids of a batch, ascending.
+
+    Raises:
+        ValueError: not int64 [b], one per image of x, each 0..count-1; or an empty batch.
+    """
+    if ids.shape != x.shape[:1] or ids.dtype != torch.int64:
+        raise ValueError(f"tasks: got {ids.dtype} ids {list(ids.shape)}; expected int64 [{len(x)}], one per image")
+    present = ids.unique().tolist()
+    if not present:
+        raise ValueError("x: got an empty batch")
+    if present[0] < 0 or present[-1] >= count:
+        raise ValueError(f"tasks: ids {present[0]} to {present[-1]}, expected 0 to {count - 1}")
+    return present
+
+
+class MultiTaskModel(nn.Module):
+    """A backbone shared by tasks, with task-gated experts inside and one head per task.
+
+    The part of the backbone before the first task-dependent layer runs once per image; from there on tasks are stacked
+    along the batch, so that one call of each expert bank serves all of them. A single task is the same code with one.
+
+    Args:
+        backbone: takes images [b, c, h, w]; its task-gated layers are `ContextMoE` and share `context`.
+        tasks: what it predicts, in the order of the gates' ids.
+        heads: one module per task name, `Features` to prediction.
+        context: the context of the backbone's MoE layers.
+        features: (backbone, images) to `Features`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        tasks: Sequence[Task],
+        heads: Mapping[str, nn.Module],
+        context: TaskContext,
+        features: Callable[[nn.Module, Tensor], Features],
+    ):
+        super().__init__()
+        self.tasks = check_tasks(tasks)
+        self.backbone = backbone
+        self.heads = nn.ModuleDict({task.name: heads[task.name] for task in self.tasks})
+        self.context = context
+        self._features = features
+
+    @property
+    def moe_layers(self) -> dict[str, ContextMoE]:
+        """The task-gated layers, by the key of their `Routing`."""
+        return {layer.name: layer for layer in self.modules() if isinstance(layer, ContextMoE)}
+
+    def features(self, x: Tensor, task: TaskIds) -> tuple[Features, dict[str, Routing]]:
+        """Backbone features and routings.
+
+        With a sequence of ids the features are stacked per task, [(t b), ...], when any layer depends on the task.
+        """
+        self._check_images(x)
+        with self.context.open(task) as routings:
+            return self._features(self.backbone, x), routings
+
+    def forward(self, x: Tensor, tasks: Sequence[str] | Tensor | None = None, return_routing: bool = False):
+        """Predicts.
+
+        Args:
+            x: images, float [b, c, h, w].
+            tasks: names of the tasks to run, all when None; or int64 ids [b], one task per sample.
+            return_routing: also return {layer: Routing}.
+
+        Returns:
+            {task: prediction}, shapes in `moe_mtl.tasks`; with ids per sample {task: (rows, prediction)}, where `rows`
+            are the samples of that task, in order.
+
+        Raises:
+            ValueError: unknown tasks, ids out of range or not one per sample, or images of the wrong shape or dtype.
+        """
+        if isinstance(tasks, Tensor):
+            predictions, routings = self._forward_per_sample(x, tasks)
+        else:
+            ids = task_ids(self.tasks, tasks) if tasks is not None else tuple(range(len(self.tasks)))
+            one, *others = ids
+            features, routings = self.features(x, ids if others else one)
+            stacked = features.pooled.shape[0] != x.shape[0]
+            predictions = {}
+            for position, i in enumerate(ids):
+                name = self.tasks[i].name
+                own = features.select(slice(position * len(x), (position + 1) * len(x))) if stacked else features
+                predictions[name] = self.heads[name](own)
+        return (predictions, routings) if return_routing else predictions
+
+    def _forward_per_sample(self, x: Tensor, ids: Tensor) -> tuple[Predictions, dict[str, Routing]]:
+        present, ids = present_ids(x, ids, len(self.tasks)), ids.to(x.device)
+        features, routings = self.features(x, ids)
+        predictions = {}
+        for i in present:
+            rows = (ids == i).nonzero().flatten()
+            name = self.tasks[i].name
+            predictions[name] = (rows, self.heads[name](features.select(rows)))
+        return predictions, routings
+
+    def for_tasks(self, names: Sequence[str] | str) -> "MultiTaskModel":
+        """An independent copy for these tasks alone: their routers and heads, the shared weights, nothing else."""
+        ids = task_ids(self.tasks, names)
+        gates = {id(layer.moe.gate): layer.moe.gate for layer in self.modules() if isinstance(layer, ContextMoE)}
+        memo: dict[int, Any] = {key: gate.for_tasks(ids) for key, gate in gates.items()}  # stand in for the originals
+        heads = {self.tasks[i].name: copy.deepcopy(self.heads[self.tasks[i].name], memo) for i in ids}
+        memo[id(self.heads)] = nn.ModuleDict(heads).train(self.heads.training)
+        model = copy.deepcopy(self, memo)
+        model.tasks = tuple(self.tasks[i] for i in ids)
+        return model
+
+    def _check_images(self, x: Tensor) -> None:
+        if x.ndim != 4 or not x.is_floating_point():
+            raise ValueError(
+                f"x: got {x.dtype} {list(x.shape)}, expected floating point images [b, c, h, w]; "
+                "add the batch axis to a single image, divide uint8 by 255"
+            )
+        own = next(self.parameters()).dtype
+        if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"x: got {x.dtype} images, the model is {own}; cast one of them or use torch.autocast")
+
+
+class SingleTaskSet(nn.Module):
+    """One independent model per task behind the call of a multi-task model: the single-task control.
+
+    Args:
+        models: a `MultiTaskModel` of one task per task name.
+    """
+
+    def __init__(self, models: Mapping[str, MultiTaskModel]):
+        super().__init__()
+        for name, model in models.items():
+            if [task.name for task in model.tasks] != [name]:
+                raise ValueError(f"models: {name!r} predicts {[task.name for task in model.tasks]}, expected {name!r}")
+        self.models = nn.ModuleDict(models)
+        self.tasks = check_tasks([model.tasks[0] for model in models.values()])
+
+    def forward(self, x: Tensor, tasks: Sequence[str] | Tensor | None = None, return_routing: bool = False):
+        """As `MultiTaskModel.forward`; layers are keyed `task/layer`."""
+        predictions, routings = {}, {}
+        if isinstance(tasks, Tensor):
+            for i in present_ids(x, tasks, len(self.tasks)):
+                name, rows = self.tasks[i].name, (tasks == i).nonzero().flatten().to(x.device)
+                own, layers = self.models[name](x[rows], return_routing=True)
+                predictions[name] = (rows, own[name])
+                routings |= {f"{name}/{layer}": routing for layer, routing in layers.items()}
+        else:
+            ids = task_ids(self.tasks, tasks) if tasks is not None else range(len(self.tasks))
+            for name in (self.tasks[i].name for i in ids):
+                own, layers = self.models[name](x, return_routing=True)
+                predictions |= own
+                routings |= {f"{name}/{layer}": routing for layer, routing in layers.items()}
+        return (predictions, routings) if return_routing else predictions
+
+    def for_tasks(self, names: Sequence[str] | str) -> "SingleTaskSet":
+        """An independent copy that holds the models of these tasks alone."""
+        kept = [self.tasks[i].name for i in task_ids(self.tasks, names)]
+        models: dict[str, Any] = {name: copy.deepcopy(self.models[name]) for name in kept}
+        alone: Any = SingleTaskSet(models).train(self.training)
+        if hasattr(self, "config"):
+            alone.config = copy.deepcopy(self.config)
+        return alone

@@ -1,0 +1,191 @@
+"""moefy on pretrained-like timm models: the dense function at step 0, for every structure the adapter knows."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from moe_mtl import extract, moefy
+from moe_mtl.tasks import Task
+
+TASKS = (Task.segmentation("semseg", 4), Task.depth(), Task.classification("scene", 3))
+SMALL = {"img_size": 32, "embed_dim": 24, "depth": 4, "num_heads": 2}
+STRUCTURES = {
+    "vit": ("vit_tiny_patch16_224", {"patch_size": 8}),
+    "vit_registers": ("vit_tiny_patch16_224", {"patch_size": 8, "reg_tokens": 2, "no_embed_class": True}),
+    "deit_distilled": ("deit_tiny_distilled_patch16_224", {"patch_size": 8}),
+    "vit_swiglu": ("vit_tiny_patch16_224", {"patch_size": 8, "mlp_layer": timm.layers.SwiGLUPacked}),
+    "vit_geglu": ("vit_tiny_patch16_224", {"patch_size": 8, "mlp_layer": timm.layers.GluMlp, "act_layer": nn.GELU}),
+    "eva": ("eva02_tiny_patch14_224", {"patch_size": 8}),
+    "beit": ("beit_base_patch16_224", {"patch_size": 8}),
+    "relpos": ("vit_relpos_small_patch16_224", {"patch_size": 8}),
+    "rope": ("vit_small_patch16_rope_mixed_224", {"patch_size": 8}),
+}
+
+
+def dense(structure="vit", seed=0):
+    name, options = STRUCTURES[structure]
+    torch.manual_seed(seed)
+    backbone = timm.create_model(name, **SMALL, **options)
+    with torch.no_grad():  # trained-like: nothing sits at a special initial value
+        for p in backbone.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    for module in backbone.modules():  # relpos drops units of its position network in training
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return backbone.double()
+
+
+def images(b=2, size=32):
+    return torch.randn(b, 3, size, size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def stacked_features(model, x):
+    features, routings = model.features(x, tuple(range(len(model.tasks))))
+    return features, routings
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("training", [False, True])
+def test_step_zero_is_the_dense_model(structure, training):
+    backbone, x = dense(structure), images()
+    model = moefy(backbone, TASKS, experts=5, k=2)
+    backbone.eval()
+    model.train(training)
+    with torch.no_grad():
+        tokens = backbone.forward_features(x)
+        pooled = backbone.forward_head(tokens, pre_logits=True)
+        features, routings = stacked_features(model, x)
+    assert len(routings) == 2
+    for task in range(len(TASKS)):
+        own = features.select(slice(task * 2, task * 2 + 2))
+        torch.testing.assert_close(own.pooled, pooled, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(own.patches, tokens[:, backbone.num_prefix_tokens :], atol=1e-9, rtol=1e-9)
+    # the routers disagree, so it is the experts that agree
+    a, b = (routings["blocks.1"].indices.unflatten(0, (len(TASKS), -1))[i] for i in (0, 1))
+    assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("gate", ["noisy_topk", "task_embedding", "task_blind", "softmax"])
+def test_every_gate_starts_dense(gate):
+    backbone, x = dense(), images()
+    model = moefy(backbone, TASKS, gate=gate, experts=4, k=4 if gate == "softmax" else 1)
+    backbone.eval()
+    features, _ = stacked_features(model.eval(), x)
+    expected = backbone.forward_features(x)[:, 1:].repeat(1 if gate == "task_blind" else len(TASKS), 1, 1)
+    torch.testing.assert_close(features.patches, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("structure", ["vit", "vit_swiglu", "vit_geglu", "eva"])
+@pytest.mark.parametrize("gate", ["softmax", "noisy_topk", "task_embedding", "task_blind"])
+def test_split_is_exact_and_costs_output_biases_only(structure, gate):
+    backbone, x = dense(structure), images()
+    model = moefy(backbone, TASKS, gate=gate, experts=4, k=4, hidden="split")
+    backbone.eval()
+    features, _ = stacked_features(model.train(), x)
+    patches = backbone.forward_features(x)[:, backbone.num_prefix_tokens :]
+    expected = patches.repeat(1 if gate == "task_blind" else len(TASKS), 1, 1)
+    torch.testing.assert_close(features.patches, expected, atol=1e-9, rtol=1e-9)
+    mlp, experts = backbone.blocks[1].mlp, model.moe_layers["blocks.1"].moe.experts
+    extra_output_biases = 3 * backbone.embed_dim
+    biases = 0 if mlp.fc2.bias is None else extra_output_biases
+    assert sum(p.numel() for p in experts.parameters()) == sum(p.numel() for p in mlp.parameters()) + biases
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"experts": 5, "k": 1},
+        *({"gate": g, "experts": 4, "k": 4, "hidden": "split"} for g in ("softmax", "noisy_topk")),
+    ],
+)
+def test_routers_and_experts_learn_from_step_zero(options):
+    model = moefy(dense(), TASKS, **options)
+    predictions = model(images())
+    g = torch.Generator().manual_seed(5)
+    sum((p * torch.randn(p.shape, generator=g, dtype=p.dtype)).sum() for p in predictions.values()).backward()
+    for layer in model.moe_layers.values():
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in layer.moe.gate.parameters())
+        assert layer.moe.experts.w1.grad.abs().max() > 0
+
+
+def test_the_given_backbone_is_left_alone():
+    backbone, x = dense().eval(), images()
+    before = backbone(x)
+    model = moefy(backbone, TASKS, experts=4, k=2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(backbone(x), before)
+    assert model(x)["scene"].abs().max() == 0
+
+
+def test_moefied_model_runs_one_task_and_extracts():
+    model, x = moefy(dense(), TASKS, experts=4, k=2).eval(), images()
+    alone = extract(model, "depth")
+    assert torch.equal(alone(x)["depth"], model(x, tasks=["depth"])["depth"])
+
+
+def test_cost_is_said(capsys):
+    backbone = dense()
+    backbone.reset_classifier(0)
+    model = moefy(backbone, TASKS, experts=4, k=2)
+    counts = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (backbone, model.backbone)]
+    assert f"{counts[0]:.3f} M -> {counts[1]:.3f} M" in capsys.readouterr().err and counts[1] > counts[0]
+
+
+def test_dense_gate_needs_no_k():
+    assert moefy(dense(), TASKS, gate="softmax", experts=4).moe_layers["blocks.1"].moe.gate.k == 4
+
+
+class TestRefusals:
+    def test_structure(self):
+        with pytest.raises(ValueError, match="ResNet is not a plain vision transformer"):
+            moefy(timm.create_model("resnet18"), TASKS)
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"proj_drop_rate": 0.1}, "dropout"),
+            ({"act_layer": nn.Tanh}, "activation"),
+            ({"scale_mlp_norm": True}, "normalises"),
+        ],
+    )
+    def test_mlp(self, options, message):
+        backbone = timm.create_model("vit_tiny_patch16_224", **SMALL, **options)
+        with pytest.raises(ValueError, match=message):
+            moefy(backbone, TASKS)
+
+    def test_mlp_that_does_more_than_its_layers(self):
+        backbone = timm.create_model("vit_tiny_patch16_224", **SMALL)
+        for block in backbone.blocks:
+            block.mlp = timm.layers.GlobalResponseNormMlp(24, 96)
+            nn.init.constant_(block.mlp.grn.weight, 0.5)
+        with pytest.raises(ValueError, match="something else"):
+            moefy(backbone, TASKS)
+
+    @pytest.mark.parametrize(
+        "name, options, message",
+        [
+            ("vit_tiny_patch16_224", {"global_pool": "", **SMALL}, "pools them to"),
+            ("vit_tiny_patch16_224", {"img_size": 48}, "built for 48x48"),
+            ("samvit_base_patch16", {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}, "plain ViT"),
+        ],
+    )
+    def test_features(self, name, options, message):
+        small = {**SMALL, "img_size": options.get("img_size", 32)}
+        model = moefy(timm.create_model(name, **{**small, **options}), TASKS[2:], experts=3, k=1)
+        with pytest.raises(ValueError, match=message):
+            model(images().float())
+
+    def test_split_needs_every_expert(self):
+        with pytest.raises(ValueError, match="k=4, or hidden='copy'"):
+            moefy(dense(), TASKS, experts=4, k=2, hidden="split")
+        with pytest.raises(ValueError, match="do not split into 5"):
+            moefy(dense(), TASKS, gate="softmax", experts=5, k=5, hidden="split")
+
+    def test_options(self):
+        with pytest.raises(ValueError, match="'copy' or 'split'"):
+            moefy(dense(), TASKS, hidden="half")
+        with pytest.raises(ValueError, match="more than the 3 experts"):
+            moefy(dense(), TASKS, experts=3, k=4)

@@ -1,0 +1,144 @@
+"""Model folders: round trips, refusals, and saves that leave the previous state intact."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import moe_mtl
+from moe_mtl import create_model, extract, hub
+from moe_mtl.tasks import Task
+
+TASKS = (
+    Task.segmentation("semseg", 4, classes=("a", "b", "c", "d")),
+    Task.depth(weight=2.0),
+    Task.classification("scene", 3),
+)
+TINY = {"image_size": 16, "patch_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "experts": 3, "k": 2, "head_width": 8}
+
+
+def model(seed=0, **overrides):
+    torch.manual_seed(seed)
+    return create_model("m3vit_micro", tasks=TASKS, **{**TINY, **overrides}).eval()
+
+
+def same(a, b, x):
+    return all(torch.equal(p, b(x)[name]) for name, p in a(x).items())
+
+
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_round_trip(tmp_path):
+    m = model()
+    moe_mtl.save(m, tmp_path / "m")
+    again = moe_mtl.load(tmp_path / "m")
+    assert again.tasks == TASKS and not again.training
+    assert same(m, again, X)
+    assert not same(model(seed=5), again, X)
+    assert sorted(os.listdir(tmp_path / "m")) == ["config.json", "model.safetensors"]
+
+
+def test_extracted_and_single_task_models_round_trip(tmp_path):
+    alone = extract(model(), "depth")
+    hub.save(alone, tmp_path / "depth")
+    assert same(alone, hub.load(tmp_path / "depth"), X)
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in TINY.items() if k not in ("experts", "k")}
+    single = create_model("single_task_micro", tasks=TASKS, **sizes).eval()
+    hub.save(single, tmp_path / "single")
+    assert same(single, hub.load(tmp_path / "single"), X)
+    hub.save(extract(single, "depth"), tmp_path / "one")
+    assert torch.equal(hub.load(tmp_path / "one")(X)["depth"], single(X)["depth"])
+
+
+def test_options_are_saved_in_full_so_that_later_defaults_do_not_matter(tmp_path):
+    hub.save(model(), tmp_path / "m")
+    args = json.loads((tmp_path / "m" / "config.json").read_text())["args"]
+    assert args["num_heads"] == 2 and args["every"] == 2 and args["gate"] == "noisy_topk"
+
+
+def test_compiled_model_is_saved_as_itself(tmp_path):
+    m = model()
+    hub.save(torch.compile(m, backend="eager"), tmp_path / "m")
+    assert same(m, hub.load(tmp_path / "m"), X)
+
+
+def test_missing_folder_and_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        hub.load(tmp_path / "nothing")
+    hub.save(model(), tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+        hub.load(tmp_path / "m")
+
+
+def test_truncated_weights_are_refused(tmp_path):
+    hub.save(model(), tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        hub.load(tmp_path / "m")
+
+
+def test_foreign_weights_are_refused_by_name_and_nothing_is_loaded(tmp_path):
+    hub.save(model(depth=4), tmp_path / "deep")
+    hub.save(model(dim=8), tmp_path / "narrow")
+    m = model()
+    before = {name: w.clone() for name, w in m.state_dict().items()}
+    with pytest.raises(ValueError, match=r"unexpected backbone\.blocks\.2"):
+        hub.load_weights(m, tmp_path / "deep" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"is \[.*\], expected \["):
+        hub.load_weights(m, tmp_path / "narrow" / "model.safetensors")
+    assert all(torch.equal(before[name], w) for name, w in m.state_dict().items())
+
+
+def test_broken_config_is_refused(tmp_path):
+    hub.save(model(), tmp_path / "m")
+    path, weights = tmp_path / "m" / "config.json", tmp_path / "m" / "model.safetensors"
+    whole = json.loads(path.read_text())
+    save_file(load_file(weights), weights)  # without our metadata, config.json decides
+    for broken in (path.read_text()[:20], *(json.dumps({**whole, "args": a}) for a in ([], {"k": 2, "kk": 3}))):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=r"config\.json holds no model configuration"):
+            hub.load(tmp_path / "m")
+    path.write_text(json.dumps(whole))
+    assert hub.load(tmp_path / "m").tasks == TASKS
+
+
+def test_interrupted_save_leaves_the_previous_files(tmp_path, monkeypatch):
+    m = model()
+    hub.save(m, tmp_path / "m")
+
+    def interrupted(*args, **kwargs):
+        args[1].write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hub.save(model(seed=9), tmp_path / "m")
+    assert same(m, hub.load(tmp_path / "m"), X)
+    assert sorted(os.listdir(tmp_path / "m")) == ["config.json", "model.safetensors"]
+
+
+def test_a_save_interrupted_between_its_files_leaves_the_whole_new_model(tmp_path, monkeypatch):
+    hub.save(model(), tmp_path / "m")
+    new, replace, calls = model(seed=9, experts=5, k=1), os.replace, []
+
+    def second_fails(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        hub.save(new, tmp_path / "m")
+    assert same(new, hub.load(tmp_path / "m"), X)
+
+
+def test_model_that_cannot_be_named(tmp_path):
+    with pytest.raises(ValueError, match="create_model"):
+        hub.save(torch.nn.Linear(2, 2), tmp_path / "m")
