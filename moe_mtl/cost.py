@@ -1,0 +1,203 @@
+"""What running a model costs: parameters, FLOPs and latency, for all tasks, one task, and one task extracted.
+
+FLOPs follow `torch.utils.flop_counter`: a multiply-add is 2, and only matrix products, convolutions and
+attention count. They depend on shapes alone, so they are exact and the same on every machine. Latency is a median of
+interleaved rounds: a machine that slows down for a while slows every candidate, not the one that happened to run then.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+AGREES = 1e-3  # float32 sums in another order stay far below it
+
+Run = Literal["all tasks", "one task", "one task extracted"]
+
+
+def _attention_flops(query, key, value, *_args, **_kwargs) -> int:
+    """FLOPs of one attention call, from shapes [b heads n d]."""
+    return sdpa_flop_count(query, key, value)
+
+
+# torch registers formulas for the GPU attention kernels only; without this one attention on a CPU counts as 0.
+_EXTRA_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One row of `cost_table`.
+
+    Attributes:
+        run: what ran.
+        task: the task that ran, None for all.
+        batch: samples in the input.
+        flops: for the whole batch; a multiply-add is 2.
+        parameters: held in memory to run it (the full model's, unless extracted).
+        seconds: median wall-clock of one call on the batch.
+        relative_flops: `flops` over those of all tasks in one pass; likewise the other two.
+        relative_parameters: see `relative_flops`.
+        relative_seconds: see `relative_flops`.
+    """
+
+    run: Run
+    task: str | None
+    batch: int
+    flops: int
+    parameters: int
+    seconds: float
+    relative_flops: float
+    relative_parameters: float
+    relative_seconds: float
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts every module in eval mode without gradients, and gives each its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in the model's parameters, a shared tensor counted once; buffers do not count."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_flops(model: nn.Module, x: Any, tasks: Sequence[str] | None = None) -> int:
+    """FLOPs of one forward pass in eval mode.
+
+    Args:
+        model: called as `model(x)`, or `model(x, tasks=tasks)` when tasks are given.
+        x: one batch of inputs.
+        tasks: names of the tasks to run; None for all.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_EXTRA_FORMULAS)
+    with evaluating(model), counter:
+        model(x) if tasks is None else model(x, tasks=list(tasks))
+    return counter.get_total_flops()
+
+
+def _synchronize() -> None:
+    """Waits for the accelerator, when there is one: its calls return before the work is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def latency(functions: Mapping[str, Callable[[], Any]], rounds: int = 10, warmup: int = 1) -> dict[str, float]:
+    """Median seconds per call of each function.
+
+    A round calls each function once; every round starts with another one, so that none always follows the same
+    neighbour. Garbage collection is off meanwhile.
+
+    Args:
+        functions: name to a call without arguments.
+        rounds: timed calls per function, at least 1.
+        warmup: untimed calls per function before that.
+
+    Raises:
+        ValueError: `rounds` is below 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds: got {rounds}, expected at least 1")
+    names = list(functions)
+    for name in names:
+        for _ in range(warmup):
+            functions[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            shift = turn % max(len(names), 1)
+            for name in names[shift:] + names[:shift]:
+                _synchronize()
+                start = perf_counter()
+                functions[name]()
+                _synchronize()
+                seconds[name].append(perf_counter() - start)
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: median(times) for name, times in seconds.items()}
+
+
+def cost_table(
+    model: Any, x: torch.Tensor, extracted: Mapping[str, nn.Module] | None = None, rounds: int = 10
+) -> list[Cost]:
+    """All tasks in one pass, each task alone in the full model, each task extracted, in this order.
+
+    Args:
+        model: has `tasks` and takes `model(x, tasks=[names])`.
+        x: one batch of inputs [b ...].
+        extracted: task name to what `moe_mtl.sparse.extract(model, [task])` returned; tasks without one get no third
+            row.
+        rounds: timed calls per row.
+    """
+    extracted = extracted or {}
+    names = [task.name for task in model.tasks]
+    runs: list[tuple[Run, str | None, nn.Module, list[str] | None]] = [("all tasks", None, model, None)]
+    runs.extend(("one task", name, model, [name]) for name in names)
+    runs.extend(("one task extracted", name, extracted[name], None) for name in names if name in extracted)
+
+    def call(module: nn.Module, tasks: list[str] | None) -> Callable[[], Any]:
+        return lambda: module(x) if tasks is None else module(x, tasks=tasks)
+
+    flops = [count_flops(module, x, tasks) for _, _, module, tasks in runs]
+    parameters = [count_parameters(module) for _, _, module, _ in runs]
+    with evaluating(nn.ModuleList([model, *extracted.values()])):
+        timed = latency({str(i): call(module, tasks) for i, (_, _, module, tasks) in enumerate(runs)}, rounds)
+    seconds = [timed[str(i)] for i in range(len(runs))]
+    return [
+        Cost(
+            run=run,
+            task=task,
+            batch=len(x),
+            flops=flops[i],
+            parameters=parameters[i],
+            seconds=seconds[i],
+            relative_flops=flops[i] / max(flops[0], 1),
+            relative_parameters=parameters[i] / max(parameters[0], 1),
+            relative_seconds=seconds[i] / seconds[0],
+        )
+        for i, (run, task, _, _) in enumerate(runs)
+    ]
+
+
+def agreement(model: nn.Module, extracted: Mapping[str, nn.Module], x: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Per task, the largest difference of its prediction alone and extracted from that in the full pass.
+
+    Relative to the largest value predicted. One above `AGREES` is a defect, or a token whose k-th and next expert are
+    tied to the last bits, so that another order of summation picks the other one.
+
+    Args:
+        model: takes `model(x, tasks=[names])`.
+        extracted: task name to what `moe_mtl.sparse.extract(model, [task])` returned.
+        x: one batch of inputs [b ...].
+
+    Returns:
+        {task: {"alone": difference, "extracted": difference}}.
+    """
+    found = {}
+    with evaluating(nn.ModuleList([model, *extracted.values()])):
+        full = model(x)
+        for name, alone in extracted.items():
+            reference = full[name].float()
+            others = {"alone": model(x, tasks=[name]), "extracted": alone(x)}
+            scale = float(reference.abs().max().clamp(min=1e-12))
+            found[name] = {
+                how: float((other[name].float() - reference).abs().max()) / scale for how, other in others.items()
+            }
+    return found

@@ -1,0 +1,363 @@
+"""Training: losses -> balancer -> regularizers -> step -> checkpoint, and nothing else.
+
+    Trainer(model, data, TrainerConfig(out="runs/mine", steps=1000)).fit()
+
+The folder `out` then holds
+
+    config.json, model.safetensors     the trained model, as `moe_mtl.load(out)` reads it (of `create_model`'s models)
+    run.json                           the whole configuration; `train.py --config` takes it
+    metrics.jsonl                      one JSON per logged step and per evaluation
+    tensorboard/                       the same as curves
+    checkpoints/step_<n>/              the newest `keep`; a killed run goes on from the last one when started again
+
+A resumed run repeats the numbers of an unbroken one bit for bit on the same machine with the same number of threads,
+when `num_workers` is 0.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler, Subset
+
+from moe_mtl import checkpoint as checkpoints
+from moe_mtl import hub, regularizers
+from moe_mtl.balancing import create_balancer
+from moe_mtl.data import collate
+from moe_mtl.run_log import RunLog
+from moe_mtl.scoring import TaskMetrics
+from moe_mtl.tasks import Task
+from moe_mtl.trainer_config import FREE_TO_CHANGE, TrainerConfig, lr_factor
+
+Batch = dict[str, Tensor]
+Scalars = dict[str, float]
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or the gradient is NaN or infinite; the message names the task and the step."""
+
+
+def decays(model: nn.Module) -> dict[str, bool]:
+    """Whether weight decay applies to each trainable parameter: not to vectors, biases, embeddings and tokens.
+
+    A model may name further exceptions in `no_weight_decay()`, as timm's models do.
+    """
+    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            exempt.add(f"{path}.weight".lstrip("."))
+    found = {}
+    for name, parameter in model.named_parameters():
+        leaf = name.rpartition(".")[2]
+        # the biases of stacked experts are matrices: [e, h]
+        vector = parameter.ndim < 2 or leaf in ("b1", "b2") or leaf.endswith(("bias", "embed", "embedding", "token"))
+        if parameter.requires_grad:
+            found[name] = not vector and name not in exempt
+    return found
+
+
+class ShuffledBatches(Sampler[list[int]]):
+    """Endless batches of shuffled indices; where to start is a number, so that resuming needs no replay.
+
+    Epochs follow each other without a gap: a batch may hold the end of one and the beginning of the next. The order of
+    an epoch depends on the seed and its number only.
+
+    Args:
+        num_samples: size of the data set.
+        batch_size: indices per batch.
+        seed: of the order.
+        start: batches to skip.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int, start: int = 0):
+        if num_samples < 1:
+            raise ValueError("num_samples: the training set is empty")
+        self.num_samples, self.batch_size, self.seed, self.start = num_samples, batch_size, seed, start
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        return torch.randperm(self.num_samples, generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, offset = divmod(self.start * self.batch_size, self.num_samples)
+        order, batch = self._order(epoch), []
+        while True:
+            take = order[offset : offset + self.batch_size - len(batch)]
+            batch, offset = batch + take, offset + len(take)
+            if len(batch) == self.batch_size:
+                yield batch
+                batch = []
+            if offset == self.num_samples:
+                epoch, offset = epoch + 1, 0
+                order = self._order(epoch)
+
+
+class Trainer:
+    """Trains one model on one data set.
+
+    Args:
+        model: predicts `model.tasks`; called as `model(images, tasks=names, return_routing=True)`.
+        data: has `tasks()`, and `split("train")` and `split("val")`, map-style data sets of samples; see
+            `moe_mtl.data`.
+        config: how.
+        run: JSON-ready description of model and data, to refuse going on with different ones; `train.py` gives the
+            whole recipe.
+
+    Raises:
+        ValueError: the configuration names something unknown or does not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, data: Any, config: TrainerConfig, run: Mapping[str, Any] | None = None):
+        self.config, self.data, self.model = config, data, model
+        self.tasks: tuple[Task, ...] = tuple(model.tasks)  # type: ignore[arg-type]
+        names = [task.name for task in self.tasks]
+        if config.tasks_per_step is not None and config.tasks_per_step > len(names):
+            raise ValueError(f"tasks_per_step: got {config.tasks_per_step}, the model has {len(names)} tasks: {names}")
+        if lacking := sorted(set(names) - {task.name for task in data.tasks()}):
+            raise ValueError(f"data: has no task {', '.join(lacking)}, which the model predicts")
+        regularizers.check(config.regularizers, config.regularizer_args)
+        TaskMetrics(self.tasks)  # refuses a metric that does not fit its task now, not at the first evaluation
+        how = dataclasses.asdict(config)
+        for name in ("resume", "overwrite"):  # orders for one start; a file of a run must not repeat them
+            del how[name]
+        self.run = json.loads(json.dumps({**(run or {}), "trainer": how}, default=str))
+        self.out = Path(config.out)
+
+        # mixed_precision is a setting of the process in accelerate; ours belongs to the run
+        self.accelerator = Accelerator(
+            cpu=config.device == "cpu",
+            mixed_precision="no",
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"num_processes: got {self.accelerator.num_processes}, but every process would train on the same "
+                "batches; start one"
+            )
+        self.device = self.accelerator.device
+        bf16_pays = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and bf16_pays)
+
+        self.parallel = self.accelerator.prepare_model(model)
+        self.balancer = create_balancer(config.balancer, self.tasks, **config.balancer_args).to(self.device)
+        if config.accumulate > 1 and not self.balancer.affine:
+            raise ValueError(f"accumulate: the balancer {config.balancer!r} needs the whole batch at once; use 1")
+        decayed = decays(model)
+        parameters = dict(model.named_parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": [parameters[name] for name in decayed if decayed[name]], "weight_decay": config.weight_decay},
+            {"params": [parameters[name] for name in decayed if not decayed[name]], "weight_decay": 0.0},
+            {"params": list(self.balancer.parameters()), "weight_decay": 0.0, "scale": self.balancer.lr_scale},
+        ]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+
+        self.step = 0
+        self.seconds = 0.0  # of training, without evaluation and checkpoints, over all restarts
+        self.task_sampler = torch.Generator().manual_seed(config.seed)
+        self.window: dict[str, list[float]] = {}  # per quantity its sum and count since the last record
+
+    def fit(self, on_step: Callable[[int, Scalars], None] | None = None) -> nn.Module:
+        """Trains to the end, from the last checkpoint if there is one, and saves the model (one of `create_model`).
+
+        Args:
+            on_step: called after each update and its checkpoint with the number of updates done and the losses.
+
+        Returns:
+            The model that was passed in, trained, in evaluation mode.
+
+        Raises:
+            TrainingDiverged: a loss or the gradient is not finite. Checkpoints stay.
+            ValueError: `out` holds a finished or different run, or a checkpoint that does not fit.
+        """
+        config = self.config
+        train = self.data.split("train")
+        val = self.data.split("val") if config.eval_every else None
+        random_state = self._open_run()
+        written_here = self.accelerator.is_main_process
+        if written_here:
+            hub.replace_file(self.out / "run.json", lambda path: path.write_text(json.dumps(self.run, indent=1) + "\n"))
+        batches = ShuffledBatches(len(train), config.batch_size, config.seed, start=self.step)
+        loader = iter(self._loader(train, batch_sampler=batches))
+        if random_state is None:
+            set_seed(config.seed)
+        else:  # last, so that nothing above has drawn from them
+            checkpoints.set_random_state(random_state)
+
+        with RunLog(
+            self.out, step=self.step, steps=config.steps, progress=config.progress, enabled=written_here
+        ) as log:
+            while self.step < config.steps:
+                began = time.perf_counter()
+                losses = self._update(next(loader))
+                self.step += 1
+                self.seconds += time.perf_counter() - began
+                last = self.step == config.steps
+                if self.step % config.log_every == 0 or last:
+                    log.record(self.step, "train", self._summary())
+                if val is not None and (self.step % config.eval_every == 0 or last):
+                    log.record(self.step, "val", {"metrics": self.evaluate(val)})
+                if self.step % config.save_every == 0 or last:
+                    log.flush()  # a checkpoint never knows more than the log
+                    if last and written_here and hasattr(self.model, "config"):
+                        hub.save(self.model, self.out)  # first: the last checkpoint marks the run as finished
+                    self._save()
+                if on_step is not None:
+                    on_step(self.step, losses)
+        return self.model.eval()
+
+    def _update(self, batch: Batch) -> Scalars:
+        """One optimizer update. Returns the loss of each task that had a label."""
+        config, step = self.config, self.step + 1
+        names = [task.name for task in self.tasks]
+        if config.tasks_per_step is not None:
+            drawn = torch.randperm(len(names), generator=self.task_sampler)[: config.tasks_per_step]
+            names = [names[i] for i in sorted(drawn.tolist())]
+        # labels per task, counted before they move to the device so that nothing has to be waited for
+        counts = {t.name: int(t.valid(batch[t.name]).sum()) for t in self.tasks if t.name in names and t.name in batch}
+        tasks = [task for task in self.tasks if counts.get(task.name)]
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * lr_factor(self.step, config) * group.get("scale", 1.0)
+        if not tasks:
+            return {}
+
+        self.parallel.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses: Scalars = dict.fromkeys((task.name for task in tasks), 0.0)
+        for rows in torch.arange(len(batch["image"])).tensor_split(min(config.accumulate, len(batch["image"]))):
+            part = {key: batch[key][rows].to(self.device) for key in ("image", *losses)}
+            share = len(rows) / len(batch["image"])
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                predictions, routings = self.parallel(part["image"], tasks=list(losses), return_routing=True)
+            # a part's mean counts by its share of the batch's labels; dividing by its share of the samples, which the
+            # total is multiplied with, keeps terms of the balancer that are not per label whole
+            pieces = {}
+            for task in tasks:
+                labels = int(task.valid(batch[task.name][rows]).sum())
+                loss = task.compute_loss(predictions[task.name], part[task.name])
+                pieces[task.name] = loss * (labels / counts[task.name])
+            values = torch.stack([piece.detach().float() for piece in pieces.values()]).tolist()
+            for task, value in zip(tasks, values, strict=True):
+                if not math.isfinite(value):
+                    raise self._diverged(f"the loss of task {task.name!r} is {value}", step)
+                losses[task.name] += value
+            total = self.balancer({name: piece / share for name, piece in pieces.items()}) * share
+            extra, extras = regularizers.total(routings, config.regularizers, config.regularizer_args)
+            self._note({f"regularizer/{name}": float(value) for name, value in extras.items()})
+            self.accelerator.backward(total + share * extra.to(total.device))
+
+        clip = config.grad_clip or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
+        if not math.isfinite(norm):
+            raise self._diverged(f"the gradient's norm is {norm} (losses: {losses})", step)
+        self.optimizer.step()
+        self._note({f"loss/{name}": value for name, value in losses.items()} | {"grad_norm": norm})
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, dataset: Any) -> dict[str, dict[str, float]]:
+        """{task: {metric: value}} on a data set. Leaves all random generators as they were."""
+        before = checkpoints.random_state()
+        if self.config.val_limit is not None:
+            dataset = Subset(dataset, range(min(self.config.val_limit, len(dataset))))
+        metrics = TaskMetrics(self.tasks)
+        self.parallel.eval()
+        for batch in self._loader(dataset, batch_size=self.config.batch_size):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                predictions = self.parallel(batch["image"].to(self.device))
+            metrics.update({name: p.float().cpu() for name, p in predictions.items()}, batch)
+        checkpoints.set_random_state(before)
+        return metrics.compute()
+
+    def _loader(self, dataset: Any, **how: Any) -> DataLoader:
+        # its own generator: else making an iterator would draw from the global one
+        own = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        together = partial(collate, tasks=self.tasks)
+        return DataLoader(dataset, num_workers=self.config.num_workers, generator=own, collate_fn=together, **how)
+
+    def _note(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            entry = self.window.setdefault(name, [0.0, 0])
+            entry[0] += value
+            entry[1] += 1
+
+    def _summary(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"loss": {}, "regularizer": {}}
+        for name, (total, count) in self.window.items():
+            kind, _, key = name.rpartition("/")
+            (record[kind] if kind else record)[key] = total / count
+        self.window = {}
+        factors = self.balancer.factors()
+        return record | {"factor": factors, "lr": self.optimizer.param_groups[0]["lr"], "seconds": self.seconds}
+
+    def _diverged(self, what: str, step: int) -> TrainingDiverged:
+        last = checkpoints.latest(self.out / "checkpoints")
+        where = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+        return TrainingDiverged(f"step {step}: {what}; training stopped, {where}. Try a lower lr or grad_clip")
+
+    def _open_run(self) -> dict[str, Any] | None:
+        """Makes `out` ready and goes to its last checkpoint; returns its random state, or None for a new run."""
+        config, folder = self.config, self.out / "checkpoints"
+        instead = "pass overwrite=true to throw it away, or another out"
+        if config.overwrite and self.accelerator.is_main_process:
+            for name in ("checkpoints", "tensorboard"):
+                shutil.rmtree(self.out / name, ignore_errors=True)
+            for name in ("metrics.jsonl", "run.json", hub.CONFIG, hub.WEIGHTS):
+                (self.out / name).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        self.out.mkdir(parents=True, exist_ok=True)
+        last = checkpoints.latest(folder)
+        if last is None:
+            if (self.out / hub.WEIGHTS).exists():
+                raise ValueError(f"out: {self.out} holds a model but no checkpoint of a run; {instead}")
+            return None
+        if not config.resume:
+            raise ValueError(f"out: {self.out} holds a run and resume is false; {instead}")
+        found = checkpoints.read(last)
+        changed = [d for d in checkpoints.differences(found.run, self.run) if d[0] not in FREE_TO_CHANGE]
+        if changed:
+            listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, old, new in changed)
+            raise ValueError(f"out: {self.out} holds a different run ({listed}); set these back, {instead}")
+        if found.step >= config.steps:
+            raise ValueError(
+                f"out: the run in {self.out} is finished ({found.step} steps, steps is {config.steps}); "
+                f"raise steps to train on, {instead}"
+            )
+        return self._restore(last, found)
+
+    def _restore(self, path: Path, found: checkpoints.Checkpoint) -> dict[str, Any]:
+        state = found.state
+        checkpoints.check_tensors(path, "model", found.model, self.model.state_dict())
+        checkpoints.check_tensors(path, "balancer", state["balancer"], self.balancer.state_dict())
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])  # checks its groups before it changes anything
+        except ValueError as error:
+            raise ValueError(f"checkpoint {path} does not fit the optimizer: {error}. Nothing was loaded") from error
+        self.model.load_state_dict(found.model)
+        self.balancer.load_state_dict(state["balancer"])
+        self.task_sampler.set_state(state["task_sampler"])
+        self.step, self.seconds, self.window = found.step, state["seconds"], state["window"]
+        return state["random"]
+
+    def _save(self) -> None:
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "balancer": self.balancer.state_dict(),
+            "task_sampler": self.task_sampler.get_state(),
+            "random": checkpoints.random_state(),
+            "seconds": self.seconds,
+            "window": self.window,
+        }
+        if self.accelerator.is_main_process:
+            found = checkpoints.Checkpoint(self.step, self.model.state_dict(), state, self.run)
+            checkpoints.write(self.out / "checkpoints", found, self.config.keep)
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,103 @@
+"""TrainerConfig: every dial of training, and the learning rate they add up to. Light to import."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How a model is trained.
+
+    Attributes:
+        out: folder of the run.
+        steps: optimizer updates. The learning rate reaches its end there.
+        batch_size: samples per update.
+        accumulate: parts a batch is worked off in, to save memory. The gradient of the task losses is that of the whole
+            batch, also where labels are missing; regularizers are computed per part and averaged.
+        tasks_per_step: tasks drawn for each update, uniformly and without replacement; all when None. Losses are not
+            scaled up for the tasks left out.
+        lr: peak learning rate of AdamW.
+        lr_final: learning rate at the end, as a fraction of the peak.
+        warmup: updates over which the learning rate rises linearly.
+        weight_decay: decoupled decay of weight matrices; biases, norms, embeddings and balancers get none.
+        betas: decay rates of AdamW's two moments.
+        grad_clip: largest norm of the whole gradient; longer ones are shortened to it. 0 switches it off.
+        balancer: a name in `moe_mtl.balancing.BALANCERS`.
+        balancer_args: its keyword arguments.
+        regularizers: coefficients of `moe_mtl.regularizers`, by name. A model without routing ignores them.
+        regularizer_args: keyword arguments of those, by name.
+        precision: "bf16" is autocast with float32 weights; "auto" is bf16 on a GPU that has it, else fp32 (on a CPU
+            bf16 is no faster at the widths of small models).
+        device: "auto" is the first GPU, or the CPU where there is none.
+        seed: of the order of the samples, the drawn tasks and everything random in model and data.
+        num_workers: processes that load data; 0 loads in the training process, the only setting that resumes exactly.
+        eval_every: updates between evaluations on "val"; there is one at the end as well. 0 never evaluates.
+        val_limit: use only the first samples of "val"; all when None.
+        save_every: updates between checkpoints; there is one at the end as well.
+        keep: checkpoints to keep.
+        log_every: updates between log records; losses are averaged over them.
+        progress: show a live line, or a line per record where there is no terminal.
+        resume: go on from the last checkpoint in `out`. False refuses a folder that holds one.
+        overwrite: throw away what an earlier run left in `out`.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    out: str
+    steps: int
+    batch_size: int = 32
+    accumulate: int = 1
+    tasks_per_step: int | None = None
+    lr: float = 1e-3
+    lr_final: float = 0.01
+    warmup: int = 100
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = 1.0
+    balancer: str = "equal"
+    balancer_args: dict[str, Any] = field(default_factory=dict)
+    regularizers: dict[str, float] = field(default_factory=dict)
+    regularizer_args: dict[str, dict[str, Any]] = field(default_factory=dict)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu"] = "auto"
+    seed: int = 0
+    num_workers: int = 0
+    eval_every: int = 500
+    val_limit: int | None = None
+    save_every: int = 500
+    keep: int = 2
+    log_every: int = 10
+    progress: bool = True
+    resume: bool = True
+    overwrite: bool = False
+
+    def __post_init__(self):
+        least = dict.fromkeys(("steps", "batch_size", "accumulate", "save_every", "keep", "log_every"), 1)
+        least |= dict.fromkeys(("warmup", "weight_decay", "grad_clip", "seed", "num_workers", "eval_every"), 0)
+        least |= {name: 1 for name in ("tasks_per_step", "val_limit") if getattr(self, name) is not None}
+        for name, smallest in least.items():
+            if not getattr(self, name) >= smallest:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {smallest}")
+        if not self.lr > 0 or not 0 <= self.lr_final <= 1:
+            raise ValueError(f"lr, lr_final: got {self.lr}, {self.lr_final}; expected lr > 0 and lr_final from 0 to 1")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate: got {self.accumulate} parts of a batch of {self.batch_size}")
+
+
+# What may differ when a run goes on: how long, where and what is logged, not what is computed. The learning rate
+# follows the new number of steps.
+FREE_TO_CHANGE = {
+    *("trainer.out", "trainer.steps", "trainer.num_workers", "trainer.eval_every", "trainer.val_limit"),
+    *("trainer.save_every", "trainer.keep", "trainer.log_every", "trainer.progress", "trainer.device"),
+    *("trainer.resume", "trainer.overwrite", "data.root", "data.preload", "recipe"),
+}
+
+
+def lr_factor(step: int, config: TrainerConfig) -> float:
+    """Learning rate of update `step` (from 0) over the peak: linear warm-up, then a cosine to `lr_final`."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    progress = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    return config.lr_final + (1 - config.lr_final) * (1 + math.cos(math.pi * progress)) / 2

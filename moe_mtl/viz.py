@@ -1,0 +1,381 @@
+"""Pictures of what a model predicts and of which experts its tasks use.
+
+Every function returns matplotlib figures (or plain arrays) and touches no global state: no pyplot, no style, no
+backend. Figures are small and portrait, with type that stays legible when a page is as wide as a phone.
+"""
+
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch
+from torch import Tensor, nn
+
+from moe_mtl.cost import evaluating
+from moe_mtl.palette import MISSING, categorical_palette
+from moe_mtl.routing import Routing
+from moe_mtl.tasks import Task
+
+_INK = "#1b1b1f"
+_SEQUENTIAL = "viridis"
+_TITLE = {"fontsize": 9, "color": _INK, "pad": 4}
+
+
+# ---- which experts each task uses -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerUsage:
+    """How often each task uses each expert of one layer; a task that never passed has a row of NaN.
+
+    Attributes:
+        slots: share of a task's selected slots (token, choice) that fell on each expert, rows sum to 1, [t, e].
+        mass: share of a task's gate weight, in absolute value, on each expert, rows sum to 1, [t, e].
+    """
+
+    slots: Tensor
+    mass: Tensor
+
+
+class ExpertUsage:
+    """Accumulates expert usage per layer and task from the routings of many batches.
+
+    Args:
+        tasks: the model's tasks; their order is that of the ids in the routings.
+    """
+
+    def __init__(self, tasks: Sequence[Task]):
+        self.tasks = tuple(task.name for task in tasks)
+        self._sums: dict[str, Tensor] = {}  # per layer float64 [2, t, e]: slots, mass
+
+    def update(self, routings: Mapping[str, Routing]) -> None:
+        """Adds the routings of one forward pass, padding left out.
+
+        A layer before the tasks part (its routing has no task) counts for every task. The layers of independent models,
+        keyed `task/layer`, count for their task under `layer`.
+        """
+        for key, routing in routings.items():
+            owner, _, layer = key.rpartition("/")
+            slots, mass = self._per_token(routing)
+            if owner in self.tasks:
+                member = torch.tensor([[name == owner] for name in self.tasks]).expand(-1, len(slots))
+            elif routing.task is None:
+                layer, member = key, torch.ones(len(self.tasks), len(slots), dtype=torch.bool)
+            else:
+                layer, ids = key, routing.task_ids().cpu()
+                member = ids == torch.arange(len(self.tasks)).unsqueeze(1)
+            if routing.valid is not None:
+                member = member & routing.valid.cpu()
+            member = member.double()
+            sums = torch.stack([member @ slots, member @ mass])
+            self._sums[layer] = self._sums[layer] + sums if layer in self._sums else sums
+
+    @staticmethod
+    def _per_token(routing: Routing) -> tuple[Tensor, Tensor]:
+        """Selected slots and gate mass of every token, float64 [m, e] each, on the CPU."""
+        weights = routing.dense_weights().detach().double().cpu().abs()
+        if routing.indices is None:
+            return (weights > 0).double(), weights
+        indices = routing.indices.cpu()
+        ones = torch.ones(indices.shape, dtype=torch.float64)
+        return torch.zeros_like(weights).scatter_add(-1, indices, ones), weights
+
+    def compute(self, tasks: Sequence[str] | None = None) -> dict[str, LayerUsage]:
+        """Shares per layer, in the order the layers were first seen; rows of all tasks, or of these, in their order."""
+        rows_of = [self.tasks.index(name) for name in tasks or self.tasks]
+        return {
+            layer: LayerUsage(*(rows[rows_of] / rows[rows_of].sum(-1, keepdim=True) for rows in sums))
+            for layer, sums in self._sums.items()
+        }
+
+
+def expert_usage(model: Any, batches: Iterable[Tensor], tasks: Sequence[str] | None = None) -> dict[str, LayerUsage]:
+    """Which experts each task of a model uses, {layer: shares [t, e]}.
+
+    Args:
+        model: has `tasks` and returns its routings.
+        batches: inputs [b ...], moved nowhere: pass them on the model's device.
+        tasks: run only these; the other rows are NaN.
+    """
+    usage = ExpertUsage(model.tasks)
+    with evaluating(model):
+        for x in batches:
+            usage.update(model(x, tasks=tasks, return_routing=True)[1])
+    return usage.compute()
+
+
+def usage_figures(usage: Mapping[str, LayerUsage], tasks: Sequence[str]) -> dict[str, Figure]:
+    """One heat map per layer, tasks by experts, of the share of selected slots; all on one colour scale.
+
+    Args:
+        usage: as `ExpertUsage.compute` returns it.
+        tasks: names of the rows.
+    """
+    highest = max((float(layer.slots.nan_to_num().max()) for layer in usage.values()), default=1.0)
+    cmap = colormaps[_SEQUENTIAL].with_extremes(bad=MISSING)
+    figures = {}
+    for name, layer in usage.items():
+        rows, columns = layer.slots.shape
+        figure = _figure(4.6, 0.95 + 0.26 * rows)
+        axes = figure.add_subplot()
+        image = axes.imshow(np.ma.masked_invalid(layer.slots.numpy()), cmap=cmap, vmin=0.0, vmax=highest, aspect="auto")
+        axes.set_title(name, **_TITLE)
+        axes.set_yticks(range(rows), tasks, fontsize=9)
+        step = max(1, math.ceil(columns / 16))
+        axes.set_xticks(range(0, columns, step), [str(e) for e in range(0, columns, step)], fontsize=8)
+        axes.set_xlabel("expert", fontsize=9)
+        axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=1.0)
+        axes.tick_params(which="both", length=0)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=12, format=lambda value, _: f"{value:.0%}")
+        bar.ax.tick_params(labelsize=8)
+        bar.ax.axhline(1.0 / columns, color="white", linewidth=1.5)  # where every expert would be under even use
+        bar.outline.set_visible(False)
+        figures[name] = figure
+    return figures
+
+
+# ---- which expert each patch uses -----------------------------------------------------------------------------------
+
+
+def top_expert(routing: Routing, task: int, batch: int, image_size: tuple[int, int]) -> Tensor:
+    """The expert with the largest weight at every patch of every sample, int64 [b, rows, columns].
+
+    The patch grid is the largest one of the image's aspect that the tokens can fill; what is left over are prefix
+    tokens (class, registers), which come first and are dropped.
+
+    Args:
+        routing: of a layer that sees tokens ordered [(t b) n], or [b n] before the tasks part.
+        task: id of the task to show.
+        batch: samples b in the pass.
+        image_size: height and width of the input in pixels.
+
+    Raises:
+        ValueError: the layer did not route this task, or its tokens do not split into b samples.
+    """
+    top = routing.dense_weights().argmax(dim=-1)
+    if routing.task is not None:
+        ids = routing.task_ids()
+        if not (ids == task).any():
+            raise ValueError(f"task: the layer routed ids {ids.unique().tolist()}, not {task}")
+        top = top[ids == task]
+    if len(top) % batch:
+        raise ValueError(f"batch: {len(top)} tokens do not split into {batch} samples")
+    tokens = top.view(batch, -1)
+    height, width = (side // math.gcd(*image_size) for side in image_size)
+    scale = math.isqrt(tokens.shape[1] // (height * width))
+    if scale == 0:
+        raise ValueError(
+            f"image_size: {tokens.shape[1]} tokens hold no grid of aspect {height}:{width}; "
+            "pass the size the model sees"
+        )
+    height, width = height * scale, width * scale
+    return tokens[:, tokens.shape[1] - height * width :].reshape(batch, height, width)
+
+
+def expert_map(images: Tensor, experts: Mapping[str, Tensor], num_experts: int, title: str = "") -> Figure:
+    """Coloured patches over the images: one row per sample, the input and one column per task.
+
+    Args:
+        images: inputs [b, 3, h, w].
+        experts: column name to expert ids [b, rows, columns], from `top_expert`.
+        num_experts: size of the bank; an expert has the same colour in every figure of that size or larger.
+        title: of the figure.
+    """
+    palette = categorical_palette(num_experts)
+    pictures = to_rgb(images)
+    columns = ["input", *experts]
+    used = sorted({int(e) for ids in experts.values() for e in ids.unique()})
+    figure, grid = _image_grid(len(pictures), columns, legend_rows=math.ceil(len(used) / 8), title=title)
+    for row, picture in enumerate(pictures):
+        grid[row][0].imshow(picture)
+        for column, ids in enumerate(experts.values(), start=1):
+            colours = torch.as_tensor(palette[ids[row].cpu().numpy()]).permute(2, 0, 1).unsqueeze(0)
+            overlay = torch.nn.functional.interpolate(colours, picture.shape[:2], mode="nearest")[0].permute(1, 2, 0)
+            luminance = picture.mean(axis=-1, keepdims=True)
+            grid[row][column].imshow((overlay.numpy() * (0.6 + 0.4 * luminance)).clip(0, 1))
+    _legend(figure, [(f"{e}", palette[e]) for e in used], columns=8, title="expert")
+    return figure
+
+
+# ---- predictions ----------------------------------------------------------------------------------------------------
+
+
+def prediction_grid(task: Task, images: Tensor, prediction: Tensor, target: Tensor | None = None) -> Figure:
+    """Input, prediction and truth of several samples of one task, one row per sample.
+
+    Segmentation has a fixed palette and a legend of the classes seen; depth shares its limits, from the truth, over all
+    panels; normals are drawn as (n + 1) / 2; binary maps show the probability; what holds for the whole image is text.
+    Pixels without a label are light grey.
+
+    Args:
+        task: what was predicted.
+        images: inputs [b, 3, h, w].
+        prediction: what the model returned, shapes in `moe_mtl.tasks`.
+        target: the labels; None when there are none.
+    """
+    images, prediction = images.detach().float().cpu(), prediction.detach().float().cpu()
+    target = None if target is None else target.detach().cpu()
+    columns = ["input", "prediction"] + (["truth"] if target is not None else [])
+    sides = [prediction] if target is None else [prediction, target]
+    if not task.is_dense:
+        return _text_grid(task, images, sides, columns)
+    panels = [_dense_panel(task, side, is_target=i == 1) for i, side in enumerate(sides)]
+    seen = (
+        sorted({int(c) for panel in panels for c in np.unique(panel) if c >= 0}) if task.kind == "segmentation" else []
+    )
+    names = task.classes or [str(c) for c in range(task.channels)]
+    across = 3 if max((len(names[c]) for c in seen), default=0) > 5 else 6
+    figure, grid = _image_grid(len(images), columns, legend_rows=math.ceil(len(seen) / across))
+    style: dict[str, Any] = {}
+    if task.kind == "segmentation":
+        style = {
+            "cmap": ListedColormap([*categorical_palette(task.channels)]),
+            "vmin": -0.5,
+            "vmax": task.channels - 0.5,
+        }
+        panels = [np.ma.masked_less(panel, 0) for panel in panels]
+    elif task.kind == "depth":
+        limits = panels[-1][np.isfinite(panels[-1])]
+        low, high = (float(limits.min()), float(limits.max())) if limits.size else (0.0, 1.0)
+        style = {"cmap": colormaps[_SEQUENTIAL], "vmin": low, "vmax": high}
+    elif task.kind == "binary_map":
+        style = {"cmap": colormaps["gray"], "vmin": 0.0, "vmax": 1.0}
+    if "cmap" in style:
+        style["cmap"] = style["cmap"].with_extremes(bad=MISSING)
+    for row, picture in enumerate(to_rgb(images)):
+        grid[row][0].imshow(picture)
+        for column, panel in enumerate(panels, start=1):
+            grid[row][column].imshow(panel[row], interpolation="nearest", **style)
+    if task.kind == "depth":
+        bar = figure.colorbar(
+            grid[0][1].images[0], ax=[a for axes in grid for a in axes], location="bottom", pad=0.02, aspect=40
+        )
+        bar.ax.tick_params(labelsize=8)
+        bar.set_label("metres", fontsize=8)
+        bar.outline.set_visible(False)
+    elif task.kind == "segmentation":
+        palette = categorical_palette(task.channels)
+        _legend(figure, [(names[c], palette[c]) for c in seen], columns=across)
+    return figure
+
+
+def _dense_panel(task: Task, side: Tensor, is_target: bool) -> np.ndarray:
+    """What is drawn per pixel: class ids (-1 missing), metres, RGB, or a probability; [b, h, w] or [b, h, w, 3]."""
+    if task.kind == "segmentation":
+        return (side.masked_fill(side == task.ignore_index, -1) if is_target else side.argmax(dim=1)).numpy()
+    if task.kind == "normals":
+        known = side.nan_to_num().norm(dim=1, keepdim=True) > 0
+        unit = nn.functional.normalize(side.nan_to_num(), dim=1)
+        grey = torch.tensor(MISSING).view(1, 3, 1, 1)
+        return torch.where(known, (unit + 1) / 2, grey).permute(0, 2, 3, 1).numpy()
+    if task.kind == "binary_map":
+        side = side if is_target else side.sigmoid()
+    return np.ma.masked_invalid(side.numpy())
+
+
+def _text_grid(task: Task, images: Tensor, sides: Sequence[Tensor], columns: Sequence[str]) -> Figure:
+    """The figure of a task that says one thing about the whole image."""
+    figure, grid = _image_grid(len(images), columns)
+    for row, picture in enumerate(to_rgb(images)):
+        grid[row][0].imshow(picture)
+        for column, side in enumerate(sides, start=1):
+            axes = grid[row][column]
+            axes.set(xlim=(0, 1), ylim=(0, 1))
+            text = describe(task, side[row], is_target=column == 2)
+            if task.kind == "classification" and column == 1 and len(sides) == 2 and sides[1][row] != task.ignore_index:
+                text = f"{'✓' if int(side[row].argmax()) == int(sides[1][row]) else '✗'} {text}"
+            axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=10, color=_INK, linespacing=1.5)
+    return figure
+
+
+def describe(task: Task, value: Tensor, is_target: bool) -> str:
+    """One sample's prediction or label of an image-level task in words: the class and its probability, or numbers."""
+    names = task.classes or [str(c) for c in range(task.channels)]
+    if task.kind == "classification":
+        if is_target:
+            return "no label" if int(value) == task.ignore_index else names[int(value)]
+        probability, best = value.softmax(dim=-1).max(dim=-1)
+        return f"{names[int(best)]}\n{float(probability):.0%} sure"
+    if task.kind == "multilabel":
+        chosen = (value if is_target else value.sigmoid()) >= 0.5
+        return "\n".join(name for name, yes in zip(names, chosen.tolist(), strict=True) if yes) or "none"
+    return "\n".join("no label" if math.isnan(v) else f"{v:.3g}" for v in value.flatten().tolist())
+
+
+# ---- drawing --------------------------------------------------------------------------------------------------------
+
+
+def to_rgb(images: Tensor) -> np.ndarray:
+    """Images as float [b, h, w, 3] in 0..1; values outside (a normalised input) are stretched over the batch.
+
+    Args:
+        images: [b, c, h, w]; of other than 3 channels the first is shown in grey.
+    """
+    images = images.detach().float().cpu()
+    if images.shape[1] != 3:
+        images = images[:, :1].expand(-1, 3, -1, -1)
+    low, high = images.min(), images.max()
+    if low < 0 or high > 1:
+        images = (images - low) / (high - low)
+    return images.permute(0, 2, 3, 1).numpy()
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty opaque figure of that many inches, on its own canvas."""
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _image_grid(
+    rows: int, columns: Sequence[str], legend_rows: int = 0, title: str = ""
+) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of bare axes with column titles."""
+    figure = _figure(3.9, 0.22 + 3.9 / len(columns) * rows + 0.18 * legend_rows + 0.25 * bool(title))
+    if title:
+        figure.suptitle(title, fontsize=10, color=_INK)
+    grid = figure.subplots(rows, len(columns), squeeze=False).tolist()
+    for axes in (a for row in grid for a in row):
+        axes.set(xticks=[], yticks=[])
+        for side in axes.spines.values():
+            side.set_visible(False)
+    for axes, column in zip(grid[0], columns, strict=True):
+        axes.set_title(textwrap.fill(column.replace("_", " "), 36 // len(columns)), **_TITLE)
+    return figure, grid
+
+
+def _legend(figure: Figure, entries: Sequence[tuple[str, np.ndarray]], columns: int, title: str | None = None) -> None:
+    """A legend below everything else, in reading order: matplotlib fills columns, so the entries are dealt to them."""
+    entries = [entry for column in range(columns) for entry in entries[column::columns]]
+    handles = [
+        Patch(facecolor=tuple(colour.tolist()), edgecolor="#00000055", linewidth=0.5, label=label)
+        for label, colour in entries
+    ]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=columns,
+        title=title,
+        fontsize=8,
+        title_fontsize=8,
+        frameon=False,
+        handlelength=1.0,
+        handleheight=1.0,
+        columnspacing=1.0,
+        borderpad=0.1,
+    )

@@ -1,0 +1,188 @@
+"""Recipes, and the command line of train.py that runs them."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import moe_mtl
+from moe_mtl.data.nyuv2 import NYUv2
+from moe_mtl.data.procroom import ProcRoom
+from moe_mtl.recipes import RECIPES, get_recipe, list_recipes
+from moe_mtl.tasks import nearest
+from moe_mtl.trainer_config import TrainerConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--model.args.dim=16", "--model.args.depth=2", "--model.args.num_heads=2", "--model.args.experts=4"]
+SMALL += ["--model.args.k=2", "--data.num_train=40", "--data.num_val=8", "--data.size=16", "--trainer.batch_size=4"]
+SMALL += ["--trainer.device=cpu", "--model.args.image_size=16", "--trainer.progress=false", "--trainer.eval_every=4"]
+
+
+@pytest.fixture(scope="module")
+def train():
+    spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- recipes
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_complete(name):
+    recipe = get_recipe(name)
+    # what is validated on construction is valid, and the model exists and predicts the tasks of the data
+    model = moe_mtl.create_model(recipe.model.name, tasks=recipe.data.tasks(), **recipe.model.args)
+    assert [task.name for task in model.tasks] == [task.name for task in recipe.data.tasks()]
+    assert isinstance(recipe.trainer, TrainerConfig) and recipe.trainer.out.startswith("runs/")
+    assert json.loads(json.dumps(recipe.to_dict()))["model"]["name"] == recipe.model.name
+    assert isinstance(recipe.data, ProcRoom if "procroom" in name else NYUv2)
+
+
+def test_runs_do_not_share_a_folder():
+    folders = [get_recipe(name).trainer.out for name in RECIPES]
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("control, of", [
+    ("shared_bottom_micro_procroom", "m3vit_micro_procroom"),
+    ("single_task_micro_procroom", "m3vit_micro_procroom"),
+    ("shared_bottom_micro_nyuv2", "m3vit_micro_nyuv2"),
+])  # fmt: skip
+def test_controls_differ_in_the_model_only(control, of):
+    a, b = get_recipe(control), get_recipe(of)
+    assert a.model.name != b.model.name and a.model.args == b.model.args
+    assert a.data == b.data
+    assert replace(a.trainer, out=b.trainer.out) == b.trainer
+
+
+def test_list_and_unknown():
+    listed = list_recipes()
+    assert {"m3vit_micro_procroom", "procroom_demo", "m3vit_micro_nyuv2"} <= set(listed)
+    assert all(listed.values())
+    with pytest.raises(ValueError, match="did you mean 'procroom_demo'"):
+        get_recipe("procrom_demo")
+
+
+# ---- the command line
+
+
+def test_overrides_are_typed_and_keep_the_rest(train):
+    options = ["--trainer.steps=7", "--trainer.lr", "1e-2", "--model.args.k=2", "--trainer.regularizers.z=0.5"]
+    given = train.parse("m3vit_micro_nyuv2", [*options, "--data.root=/data", "--data.tuning=true"])
+    recipe = get_recipe("m3vit_micro_nyuv2")
+    assert given.trainer == replace(
+        recipe.trainer, steps=7, lr=0.01, regularizers={**recipe.trainer.regularizers, "z": 0.5}
+    )
+    assert given.model.args == {"image_size": [96, 128], "k": 2}
+    assert given.data == replace(recipe.data, root="/data", tuning=True)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["procrom_demo"], "unknown 'procrom_demo'; did you mean 'procroom_demo'"),
+    (["procroom_demo", "--trainer.stpes=3"], "did you mean '--trainer.steps'"),
+    (["procroom_demo", "--data.rooot=x"], "--data.rooot"),
+    (["procroom_demo", "--trainer.steps=abc"], "trainer.steps"),
+    (["procroom_demo", "--trainer.precision=fp64"], "bf16"),
+    (["procroom_demo", "--trainer.lr=-1"], "expected lr > 0"),
+    (["--trainer.steps=3"], "name a recipe first"),
+    (["--config", "absent.yaml"], "absent.yaml"),
+    (["procroom_demo", "--trainer.balancer_args.inti=1"], "balancer 'equal' has no such option"),
+    (["procroom_demo", "--trainer.regularizer_args.importance.per_taks=true"], "did you mean 'per_task'"),
+    (["m3vit_micro_nyuv2", "--data.root=absent"], "absent"),
+])  # fmt: skip
+def test_mistakes_end_in_one_line(train, tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(argv) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_a_printed_configuration_can_be_run_and_broken_yaml_is_said(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        train.main(["procroom_demo", "--trainer.steps=7", "--print_config"])
+    Path("run.yaml").write_text(capsys.readouterr().out)
+    name, options = train.recipe_name(["--config", "run.yaml"])
+    assert name == "procroom_demo"
+    assert train.parse(name, options).trainer == replace(get_recipe("procroom_demo").trainer, steps=7)
+    Path("broken.yaml").write_text("a: [")
+    assert train.main(["--config", "broken.yaml"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_help_lists_the_recipes(train, capsys):
+    for argv in ([], ["--list"], ["--help"]):
+        assert train.main(argv) == 0
+        shown = capsys.readouterr().out
+        assert all(name in shown and line in shown for name, line in list_recipes().items())
+
+
+def test_nearest_is_over_all_options(train):
+    fields = asdict(get_recipe("procroom_demo"))
+    assert train._hint("unrecognized arguments: --trainer.bacth_size=3", fields) == "; " + nearest(
+        "--trainer.bacth_size", [f"--{part}.{name}" for part, values in fields.items() for name in values]
+    )
+    assert train._hint("something else", fields) == ""
+
+
+def test_a_run_from_the_command_line_and_again_from_its_own_file(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--trainer.out=run", "--trainer.steps=4", "--trainer.lr=1e-5", *SMALL]
+    assert train.main(["procroom_demo", *options]) == 0, capsys.readouterr().err
+    assert "python eval.py run" in capsys.readouterr().out
+    model = moe_mtl.load("run")
+    assert [task.name for task in model.tasks] == [task.name for task in ProcRoom().tasks()]
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 16, 16))["depth"].shape == (1, 16, 16)
+    # the file it left behind repeats the run
+    assert train.main(["--config=run/run.json", "--trainer.out=again"]) == 0, capsys.readouterr().err
+    other = moe_mtl.load("again").state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in model.state_dict().items())
+    old, new = (json.loads(Path(out, "run.json").read_text()) for out in ("run", "again"))
+    assert old["trainer"].pop("out") == "run" and new["trainer"].pop("out") == "again"
+    assert not {"overwrite", "resume"} & set(old["trainer"])  # orders for one start, not part of what a run is
+    assert old == new and old["recipe"] == "procroom_demo" and old["trainer"]["lr"] == 1e-5
+    # the run is finished
+    assert train.main(["procroom_demo", *options]) == 1
+    assert "is finished" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sigkill_and_the_same_command_again(tmp_path):
+    """A process killed from outside at any moment goes on to the losses of one that was left alone."""
+
+    def command(out):
+        settings = ["--trainer.steps=40", "--trainer.save_every=5", "--trainer.log_every=1", f"--trainer.out={out}"]
+        return [sys.executable, str(ROOT / "train.py"), "procroom_demo", *settings, *SMALL]
+
+    def records(out):
+        path = tmp_path / out / "metrics.jsonl"
+        found = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        return [{k: v for k, v in record.items() if k != "seconds"} for record in found]
+
+    how = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL}
+    subprocess.run(command("straight"), check=True, **how)
+    killed = subprocess.Popen(command("broken"), **how)
+    metrics = tmp_path / "broken" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_bytes().count(b'"train"') >= 12) and time.monotonic() < until:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "broken" / "model.safetensors").exists()
+    subprocess.run(command("broken"), check=True, **how)
+    assert records("broken") == records("straight")
+    assert [r["step"] for r in records("broken") if r["split"] == "train"] == list(range(1, 41))
+    assert (tmp_path / "broken" / "model.safetensors").read_bytes() == (
+        tmp_path / "straight" / "model.safetensors"
+    ).read_bytes()
