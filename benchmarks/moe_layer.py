@@ -249,9 +249,8 @@ def main() -> None:
             f"Nothing is appended to {CSV.name}.",
             style="bold red",
         )
-    table = Table(
-        title=f"MoE layer, {args.dtype}, {args.threads} threads, allocator {args.allocator}, {cpu_name()}, torch {torch.__version__}"
-    )
+    where = f"{args.threads} threads, allocator {args.allocator}, {cpu_name()}, torch {torch.__version__}"
+    table = Table(title=f"MoE layer, {args.dtype}, {where}")
     for column in ("shape", "provider", "fwd ms", "x dense", "fwd+bwd ms", "x dense", "p20-p80"):
         table.add_column(column, justify="left" if column in ("shape", "provider") else "right")
     lines = []
