@@ -22,11 +22,10 @@ class RunLog:
         step: updates done.
         steps: updates of the whole run.
         progress: show a live line, or a line per record where there is no terminal.
-        enabled: False writes nothing, for all but the first of several processes.
     """
 
-    def __init__(self, out: Path, *, step: int, steps: int, progress: bool = True, enabled: bool = True):
-        self.out, self.step, self.steps, self.progress, self.enabled = out, step, steps, progress and enabled, enabled
+    def __init__(self, out: Path, *, step: int, steps: int, progress: bool = True):
+        self.out, self.step, self.steps, self.progress = out, step, steps, progress
 
     def __enter__(self) -> "RunLog":
         console = Console(stderr=True)
@@ -35,25 +34,21 @@ class RunLog:
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self.display = Progress(*columns, console=console, disable=not self.live)
         self.bar = self.display.add_task("", total=self.steps, completed=self.step)
-        if self.enabled:
-            path = self.out / "metrics.jsonl"
-            kept = [line for line in _whole_records(path) if json.loads(line)["step"] <= self.step]
-            hub.replace_file(path, lambda temporary: temporary.write_text("".join(kept)))
-            self.file = path.open("a")
-            self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
-            self.display.start()
+        path = self.out / "metrics.jsonl"
+        kept = [line for line in _whole_records(path) if json.loads(line)["step"] <= self.step]
+        hub.replace_file(path, lambda temporary: temporary.write_text("".join(kept)))
+        self.file = path.open("a")
+        self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
+        self.display.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.enabled:
-            self.display.stop()
-            self.file.close()
-            self.board.close()
+        self.display.stop()
+        self.file.close()
+        self.board.close()
 
     def record(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Writes one record; numbers that are not finite become null, which JSON has."""
-        if not self.enabled:
-            return
         self.file.write(json.dumps({"step": step, "split": split, **_finite(values)}, allow_nan=False) + "\n")
         self.file.flush()
         for name, value in _flat(values):
@@ -70,9 +65,8 @@ class RunLog:
 
     def flush(self) -> None:
         """Puts the records on disk."""
-        if self.enabled:
-            checkpoints.flush_to_disk(self.out / "metrics.jsonl")
-            self.board.flush()
+        checkpoints.flush_to_disk(self.out / "metrics.jsonl")
+        self.board.flush()
 
 
 def _whole_records(path: Path) -> Sequence[str]:

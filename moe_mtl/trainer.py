@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, Subset
 
@@ -137,7 +137,6 @@ class Trainer:
         self.accelerator = Accelerator(
             cpu=config.device == "cpu",
             mixed_precision="no",
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         if self.accelerator.num_processes > 1:
             raise ValueError(
@@ -183,9 +182,7 @@ class Trainer:
         train = self.data.split("train")
         val = self.data.split("val") if config.eval_every else None
         random_state = self._open_run()
-        written_here = self.accelerator.is_main_process
-        if written_here:
-            hub.replace_file(self.out / "run.json", lambda path: path.write_text(json.dumps(self.run, indent=1) + "\n"))
+        hub.replace_file(self.out / "run.json", lambda path: path.write_text(json.dumps(self.run, indent=1) + "\n"))
         batches = ShuffledBatches(len(train), config.batch_size, config.seed, start=self.step)
         loader = iter(self._loader(train, batch_sampler=batches))
         if random_state is None:
@@ -193,9 +190,7 @@ class Trainer:
         else:  # last, so that nothing above has drawn from them
             checkpoints.set_random_state(random_state)
 
-        with RunLog(
-            self.out, step=self.step, steps=config.steps, progress=config.progress, enabled=written_here
-        ) as log:
+        with RunLog(self.out, step=self.step, steps=config.steps, progress=config.progress) as log:
             while self.step < config.steps:
                 began = time.perf_counter()
                 losses = self._update(next(loader))
@@ -208,8 +203,10 @@ class Trainer:
                     log.record(self.step, "val", {"metrics": self.evaluate(val)})
                 if self.step % config.save_every == 0 or last:
                     log.flush()  # a checkpoint never knows more than the log
-                    if last and written_here and hasattr(self.model, "config"):
+                    if last and hasattr(self.model, "config"):
                         hub.save(self.model, self.out)  # first: the last checkpoint marks the run as finished
+                    elif last:
+                        print(f"{self.out} gets no model folder: only models of create_model can be saved by name")
                     self._save()
                 if on_step is not None:
                     on_step(self.step, losses)
@@ -308,12 +305,11 @@ class Trainer:
         """Makes `out` ready and goes to its last checkpoint; returns its random state, or None for a new run."""
         config, folder = self.config, self.out / "checkpoints"
         instead = "pass overwrite=true to throw it away, or another out"
-        if config.overwrite and self.accelerator.is_main_process:
+        if config.overwrite:
             for name in ("checkpoints", "tensorboard"):
                 shutil.rmtree(self.out / name, ignore_errors=True)
             for name in ("metrics.jsonl", "run.json", hub.CONFIG, hub.WEIGHTS):
                 (self.out / name).unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()
         self.out.mkdir(parents=True, exist_ok=True)
         last = checkpoints.latest(folder)
         if last is None:
@@ -357,7 +353,5 @@ class Trainer:
             "seconds": self.seconds,
             "window": self.window,
         }
-        if self.accelerator.is_main_process:
-            found = checkpoints.Checkpoint(self.step, self.model.state_dict(), state, self.run)
-            checkpoints.write(self.out / "checkpoints", found, self.config.keep)
-        self.accelerator.wait_for_everyone()
+        found = checkpoints.Checkpoint(self.step, self.model.state_dict(), state, self.run)
+        checkpoints.write(self.out / "checkpoints", found, self.config.keep)

@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import tempfile
-from pathlib import Path
 
 # Before torch, matplotlib and the hub clients are imported, which read these once. xdist workers inherit them.
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
@@ -18,8 +17,6 @@ if IS_WORKER:
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
 
 if IS_WORKER:
     torch.set_num_threads(1)
@@ -64,12 +61,3 @@ def fixed_seeds_and_clean_state():
     yield
     left = {name: (before[name], now) for name, now in _global_state().items() if now != before[name]}
     assert not left, f"the test left global state changed (before, after): {left}"
-
-
-@pytest.fixture(scope="session")
-def data_root() -> Path:
-    """The folder with the real data sets (nyuv2/ and so on): $MOE_MTL_DATA."""
-    named = os.environ.get("MOE_MTL_DATA")
-    if not named or not Path(named).is_dir():
-        pytest.skip("no real data: set MOE_MTL_DATA to the folder that holds nyuv2/ etc.")
-    return Path(named)

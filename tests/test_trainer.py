@@ -477,6 +477,18 @@ def test_bad_settings_are_refused_at_once(tmp_path, change, message):
         toy_trainer(tmp_path, **change)
 
 
+def test_a_model_without_a_name_is_trained_and_said_not_to_be_saved(tmp_path, capsys):
+    toy_trainer(tmp_path).fit()
+    assert "gets no model folder" in capsys.readouterr().out
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module.Accelerator, "num_processes", 2)
+    with pytest.raises(ValueError, match="num_processes: got 2"):
+        toy_trainer(tmp_path)
+
+
 def test_a_metric_that_does_not_exist_is_refused_at_once(tmp_path):
     tasks = (replace(TASKS[0], metrics={"acuracy": {}}), *TASKS[1:])
     with pytest.raises(ValueError, match="did you mean 'accuracy'"):
