@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from moe_mtl.backbones.timm_vit import build_vit, with_experts
+from moe_mtl.backbones.timm_vit import build_vit, chosen_blocks, with_experts
 from moe_mtl.experts import ExpertBank
 from moe_mtl.gates import create_gate, resolve_k
-from moe_mtl.layers import MoE
+from moe_mtl.layers import ExpertBlock, MoE
 from moe_mtl.multitask import MultiTaskModel, SingleTaskSet
 from moe_mtl.registry import configure, register_model
 from moe_mtl.tasks import Task
@@ -60,6 +60,8 @@ class ViTMoEConfig(ViTConfig):
         k: experts used per token; None for 4, or for all where the gate is dense.
         every: experts go into every `every`-th block.
         blocks: the blocks that get experts, instead of `every`.
+        decoder: blocks of experts without attention after the last block. With `blocks=[]` they are the only experts,
+            and all tasks share the whole backbone.
         hidden_ratio: hidden width of one expert over d; k times it equal to `mlp_ratio` keeps the active width.
     """
 
@@ -69,6 +71,7 @@ class ViTMoEConfig(ViTConfig):
     k: int | None = None
     every: int = 2
     blocks: Sequence[int] | None = None
+    decoder: int = 0
     hidden_ratio: float = 1.0
 
 
@@ -102,7 +105,12 @@ def build(tasks: Sequence[Task], config: ViTConfig) -> MultiTaskModel:
         gate = create_gate(config.gate, config.dim, config.experts, len(tasks), k, **config.gate_args)
         return MoE(gate, ExpertBank(config.experts, config.dim, round(config.dim * config.hidden_ratio)))
 
-    return with_experts(backbone, tasks, fresh, every=config.every, blocks=config.blocks, head_width=config.head_width)
+    decoder_only = config.decoder > 0 and config.blocks is not None and len(config.blocks) == 0
+    blocks = [] if decoder_only else chosen_blocks(config.depth, config.every, config.blocks)
+    for _ in range(config.decoder):
+        blocks.append(len(backbone.blocks))
+        backbone.blocks.append(ExpertBlock(config.dim))
+    return with_experts(backbone, tasks, fresh, blocks=blocks, head_width=config.head_width)
 
 
 def _m3vit(tasks: Sequence[Task], size: Mapping[str, Any], overrides: Mapping[str, Any]) -> nn.Module:

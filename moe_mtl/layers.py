@@ -106,7 +106,7 @@ class ContextMoE(nn.Module):
         self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens [b, ..., d] to [b, ..., d_out].
+        """Tokens [b, ..., d] to [b, ..., d_out]; to [t, b, ..., d_out] where tasks part here (see `ExpandTasks`).
 
         Raises:
             RuntimeError: called outside a forward of the wrapping model, so that the task is unknown.
@@ -118,19 +118,26 @@ class ContextMoE(nn.Module):
                 "activation checkpointing off (it calls blocks again after the forward)"
             )
         task: TaskIds | None = context.task
-        if isinstance(task, Sequence) and not context.stacked:
-            task = None  # one pass serves all tasks: only a task-independent gate runs before the stacking point
-        elif isinstance(task, Tensor):
-            task = task.repeat_interleave(x[0, ..., 0].numel())
-        y, routing = self.moe(x.flatten(0, -2), task)
+        parting = isinstance(task, Sequence) and not context.stacked
+        if parting and self.moe.gate.task_dependent:
+            stacked = context.stack(x)
+            y, routing = self.moe(stacked.flatten(0, -2), task)
+            shape: tuple[int, ...] = (stacked.shape[0] // x.shape[0], *x.shape[:-1])
+        else:
+            if parting:
+                task = None  # one pass serves all tasks
+            elif isinstance(task, Tensor):
+                task = task.repeat_interleave(x[0, ..., 0].numel())
+            y, routing = self.moe(x.flatten(0, -2), task)
+            shape = x.shape[:-1]
         context.routings[self.name] = routing
-        return y.unflatten(0, x.shape[:-1])
+        return y.unflatten(0, shape)
 
 
-class TaskStacking:
+class StackTasks:
     """Forward pre-hook of the first task-dependent block: repeats its first argument, the hidden states, per task.
 
-    An object rather than a closure, so that a deep copy of the model hooks the copy's own context.
+    Serves any block. An object rather than a closure, so that a deep copy of the model hooks the copy's own context.
     """
 
     def __init__(self, context: TaskContext):
@@ -139,3 +146,32 @@ class TaskStacking:
     def __call__(self, module: nn.Module, args: tuple) -> tuple:
         """The block's positional arguments with the hidden states stacked."""
         return (self.context.stack(args[0]), *args[1:])
+
+
+class ExpandTasks:
+    """Forward hook of the first task-dependent block: [t, b, n, d] to [(t b), n, d], the form of a stacked batch.
+
+    For blocks that end in `x + f(mlp(x))` with an f per token: the attention before it runs once for all tasks, the
+    experts' output has a leading axis of tasks, and the sum broadcasts over it.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple, y: Tensor) -> Tensor:
+        """The block's output with the axis of tasks, if there is one, joined to the batch."""
+        return y.flatten(0, 1) if y.ndim > args[0].ndim else y
+
+
+class ExpertBlock(nn.Module):
+    """A transformer block without attention: x + mlp(norm(x)), the mlp being replaced by experts.
+
+    Args:
+        dim: width d of the tokens.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [b, n, d] to the same shape."""
+        return x + self.mlp(self.norm(x))

@@ -34,6 +34,7 @@ from moe_mtl import checkpoint as checkpoints
 from moe_mtl import hub, regularizers
 from moe_mtl.balancing import create_balancer
 from moe_mtl.data import collate
+from moe_mtl.multitask import SingleTaskSet
 from moe_mtl.run_log import RunLog
 from moe_mtl.scoring import TaskMetrics
 from moe_mtl.tasks import Task
@@ -253,7 +254,10 @@ class Trainer:
             self.accelerator.backward(total + share * extra.to(total.device))
 
         clip = config.grad_clip or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
+        alone = self.model.models.values() if isinstance(self.model, SingleTaskSet) else [self.model]
+        # each of several independent models is clipped as it would be alone; the norm noted is that of all of them
+        norms = [nn.utils.clip_grad_norm_(model.parameters(), clip) for model in alone]
+        norm = float(torch.stack(norms).norm())
         if not math.isfinite(norm):
             raise self._diverged(f"the gradient's norm is {norm} (losses: {losses})", step)
         self.optimizer.step()

@@ -22,7 +22,8 @@ class TrainerConfig:
         warmup: updates over which the learning rate rises linearly.
         weight_decay: decoupled decay of weight matrices; biases, norms, embeddings and balancers get none.
         betas: decay rates of AdamW's two moments.
-        grad_clip: largest norm of the whole gradient; longer ones are shortened to it. 0 switches it off.
+        grad_clip: largest norm of the whole gradient, of each model in a set of single-task models; longer ones are
+            shortened to it. 0 switches it off.
         balancer: a name in `moe_mtl.balancing.BALANCERS`.
         balancer_args: its keyword arguments.
         regularizers: coefficients of `moe_mtl.regularizers`, by name. A model without routing ignores them.

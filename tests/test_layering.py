@@ -38,7 +38,8 @@ ALLOWED = {
     "run_log": {"checkpoint", "hub"},
     "checkpoint": {"hub", "tasks"},
     "trainer": {
-        *("balancing", "checkpoint", "data", "hub", "regularizers", "run_log", "scoring", "tasks", "trainer_config"),
+        *("balancing", "checkpoint", "data", "hub", "multitask", "regularizers", "run_log", "scoring", "tasks"),
+        "trainer_config",
     },
     "recipes": {"data", "tasks", "trainer_config"},
 }

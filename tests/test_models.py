@@ -203,16 +203,37 @@ class TestGatesInModels:
             assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_shared_prefix_runs_once_and_stacking_starts_at_the_first_routed_block():
+def test_everything_before_the_first_experts_runs_once_for_all_tasks():
     model, x = tiny().eval(), images(2)
     seen = []
     for i, block in enumerate(model.backbone.blocks):
         block.attn.register_forward_hook(lambda m, args, out, i=i: seen.append((i, out.shape[0])))
     model(x)
-    assert seen == [(0, 2), (1, 12), (2, 12), (3, 12)]
+    assert seen == [(0, 2), (1, 2), (2, 12), (3, 12)]  # the experts are in blocks 1 and 3
     seen.clear()
     model(x, tasks=["depth"])
     assert [b for _, b in seen] == [2, 2, 2, 2]
+
+
+def test_stochastic_depth_drops_samples_not_tasks():
+    model, x = tiny(drop_path=0.5).train(), images(2)
+    seen = []
+    model.backbone.blocks[1].attn.register_forward_hook(lambda m, args, out: seen.append(out.shape[0]))
+    model(x)
+    assert seen == [12]  # stacked at the input of the block
+
+
+def test_decoder_experts_follow_a_backbone_that_runs_once():
+    model, x = tiny(blocks=[], decoder=2).eval(), images(3)
+    seen = []
+    for block in model.backbone.blocks:
+        block.register_forward_hook(lambda m, args, out: seen.append(out.shape[0]))
+    full = model(x)
+    assert seen == [3, 3, 3, 3, 18, 18]
+    assert list(model.moe_layers) == ["blocks.4", "blocks.5"]
+    torch.testing.assert_close(model(x, tasks=["depth"])["depth"], full["depth"])
+    with pytest.raises(ValueError, match=r"blocks: got \[\]"):
+        tiny(blocks=[])
 
 
 def test_task_blind_model_never_stacks():

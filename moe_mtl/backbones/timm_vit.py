@@ -16,7 +16,7 @@ from moe_mtl.experts import ExpertBank
 from moe_mtl.gates import create_gate, resolve_k
 from moe_mtl.heads import Features, make_head
 from moe_mtl.kernels.ops import moe_mlp, plan_routing
-from moe_mtl.layers import ContextMoE, MoE, TaskContext, TaskStacking
+from moe_mtl.layers import ContextMoE, ExpandTasks, ExpertBlock, MoE, StackTasks, TaskContext
 from moe_mtl.multitask import MultiTaskModel
 from moe_mtl.tasks import Task, check_tasks
 
@@ -141,12 +141,15 @@ def with_experts(
     found = _find_blocks(backbone)
     if make_moe is not None:
         stacked = False
-        for i in _chosen(len(found), every, blocks):
+        for i in chosen_blocks(len(found), every, blocks):
             name, block = found[i]
             moe = make_moe(block.mlp)
             block.mlp = ContextMoE(moe, context, name)
             if moe.gate.task_dependent and not stacked:
-                block.register_forward_pre_hook(TaskStacking(context))
+                if _adds_per_token(block):
+                    block.register_forward_hook(ExpandTasks())
+                else:
+                    block.register_forward_pre_hook(StackTasks(context))
                 stacked = True
     backbone.reset_classifier(0)
     dim, patch = backbone.num_features, _patch_size(backbone)
@@ -303,7 +306,20 @@ def _find_blocks(backbone: Timm) -> list[tuple[str, Timm]]:
     )
 
 
-def _chosen(count: int, every: int, blocks: Sequence[int] | None) -> list[int]:
+def _adds_per_token(block: Timm) -> bool:
+    """Whether a block is known to end in x + f(mlp(norm(x))) with an f that treats every token alike."""
+    from timm.models.vision_transformer import Block
+
+    # stochastic depth drops samples, which it takes the first axis for
+    return isinstance(block, ExpertBlock) or (type(block) is Block and isinstance(block.drop_path2, nn.Identity))
+
+
+def chosen_blocks(count: int, every: int, blocks: Sequence[int] | None) -> list[int]:
+    """The numbers, ascending, of the blocks that get experts; arguments as in `moefy`.
+
+    Raises:
+        ValueError: `every` or `blocks` is out of range for a backbone of `count` blocks, or `blocks` is empty.
+    """
     if blocks is None:
         if not 1 <= every <= count:
             raise ValueError(f"every: got {every}, expected 1 to {count} for a backbone of {count} blocks")
