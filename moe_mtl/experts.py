@@ -1,6 +1,7 @@
 """Banks of experts: the stacked weights of E small MLPs, called once for all tokens."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,25 @@ class ExpertBank(nn.Module):
             glu=self.glu,
             backend=backend,
         )
+
+    @torch.no_grad()
+    def keep_experts(self, ids: Sequence[int]) -> None:
+        """Drops, in place, the weights of every expert but these, which take the places 0, 1, ...
+
+        The parameters are new: an optimizer made before still holds the old ones.
+
+        Args:
+            ids: of this bank's experts.
+
+        Raises:
+            ValueError: `ids` is empty, names an expert twice, or one that the bank does not hold.
+        """
+        ids = list(ids)
+        if not ids or len(set(ids)) < len(ids) or not all(e in range(self.num_experts) for e in ids):
+            raise ValueError(f"ids: got {ids}, expected different experts of 0 to {self.num_experts - 1}, at least one")
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            setattr(self, name, nn.Parameter(parameter[ids], requires_grad=parameter.requires_grad))
+        self.num_experts = len(ids)
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

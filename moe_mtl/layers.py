@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from moe_mtl.experts import ExpertBank
@@ -44,7 +45,29 @@ class MoE(nn.Module):
             Outputs [m, d_out] and the routing that made them.
         """
         routing = self.gate(x, task, valid)
-        return self.experts(x, routing), routing
+        return self.experts(x, self.gate.in_bank(routing)), routing
+
+    @property
+    def kept_experts(self) -> list[int]:
+        """Ids of the experts the layer holds, ascending: all of 0..e-1, unless some were dropped."""
+        return list(range(self.gate.num_experts)) if self.gate.kept is None else self.gate.kept.tolist()
+
+    def keep_experts(self, ids: Sequence[int]) -> None:
+        """Drops, in place, every expert but these from the bank; the gate can no longer choose them.
+
+        What the gate returns keeps the ids and columns of all e experts, and its weights are still shares of all.
+
+        Args:
+            ids: of the e experts the layer was made with, any order.
+
+        Raises:
+            ValueError: `ids` is empty, names an expert twice, or one that the layer does not hold.
+        """
+        held, ids = self.kept_experts, sorted(ids)
+        if not ids or len(set(ids)) < len(ids) or not set(ids) <= set(held):
+            raise ValueError(f"ids: got {ids}, expected different experts of {held}, at least one")
+        self.experts.keep_experts([held.index(e) for e in ids])
+        self.gate.keep_experts(torch.tensor(ids, device=self.experts.w1.device))
 
 
 class TaskContext:

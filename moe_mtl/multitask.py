@@ -144,8 +144,12 @@ class MultiTaskModel(nn.Module):
         memo: dict[int, Any] = {key: gate.for_tasks(ids) for key, gate in gates.items()}  # stand in for the originals
         heads = {self.tasks[i].name: copy.deepcopy(self.heads[self.tasks[i].name], memo) for i in ids}
         memo[id(self.heads)] = nn.ModuleDict(heads).train(self.heads.training)
-        model = copy.deepcopy(self, memo)
+        model: Any = copy.deepcopy(self, memo)
         model.tasks = tuple(self.tasks[i] for i in ids)
+        args = getattr(model, "config", {}).get("args", {})
+        if "gate_args" in args:
+            for layer in model.moe_layers.values():
+                args["gate_args"].update(layer.moe.gate.task_options())
         return model
 
     def _check_images(self, x: Tensor) -> None:

@@ -1,21 +1,219 @@
-"""Single-task models out of multi-task ones."""
+"""Smaller models out of multi-task ones: some of the tasks, and only the experts that these use."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from moe_mtl.multitask import MultiTaskModel, SingleTaskSet
+from moe_mtl.routing import Routing
+from moe_mtl.tasks import nearest
 
 
-def extract(model: MultiTaskModel | SingleTaskSet, tasks: Sequence[str] | str) -> MultiTaskModel | SingleTaskSet:
-    """An independent model for some of the tasks: their routers and heads, the shared layers and experts, nothing else.
+@dataclass(frozen=True)
+class LayerExtraction:
+    """What `extract` left of one layer.
 
-    Exact: it computes what `model(x, tasks=...)` computes. It is a model like any other: it runs, trains, compiles,
-    exports, saves and loads.
+    Attributes:
+        experts: experts e of the layer as it was made.
+        kept: ids of those that are left, ascending.
+        tokens: calibration tokens the layer routed, each once per task it was routed for; 0 without calibration.
+        dropped_mass: share of the gate's weights on these tokens that went to experts now dropped, 0..1.
+        dropped_mass_by_task: the same within each task; equal for all where one routing serves them together.
+    """
+
+    experts: int
+    kept: tuple[int, ...]
+    tokens: int = 0
+    dropped_mass: float = 0.0
+    dropped_mass_by_task: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What `extract` kept; `dataclasses.asdict` makes plain data of it, `str` a line per layer.
+
+    Attributes:
+        layers: by the key of the layer's `Routing`.
+    """
+
+    layers: dict[str, LayerExtraction]
+
+    def __str__(self) -> str:
+        lines = []
+        for name, layer in self.layers.items():
+            mass = (
+                f", {layer.dropped_mass:.2%} of the gate mass dropped ({layer.tokens} tokens)" if layer.tokens else ""
+            )
+            lines.append(f"{name}: {len(layer.kept)} of {layer.experts} experts{mass}")
+        return "\n".join(lines)
+
+
+def extract(
+    model: MultiTaskModel | SingleTaskSet,
+    tasks: Sequence[str] | str,
+    calibration: Iterable[Any] | None = None,
+    *,
+    mass: float = 0.0,
+) -> MultiTaskModel | SingleTaskSet:
+    """An independent model for some of the tasks: their routers and heads, the shared layers, the experts they can use.
+
+    Without calibration it is exact: it computes what `model(x, tasks=...)` computes. An expert goes only where the gate
+    says that none of the tasks can ever reach it, as gates that route by task alone do.
+
+    With calibration the experts go too that no calibration token of these tasks used. On these images the result is
+    the same; on others a token may want an expert that is gone, and takes the next best. Weights stay what they were,
+    shares over all experts of the full layer: the routers keep their rows for the experts that are gone.
+
+    The result is a model like any other: it runs, trains, compiles, exports, saves, loads and is extracted from again.
+    Its `Routing`s keep the expert ids and columns of the full layer, so pictures of both compare; auxiliary losses,
+    too, still count all experts. Where no layer has task-gated experts, as in a set of single-task models, the chosen
+    tasks are copied and calibration is not read.
 
     Args:
         model: a multi-task model, or a set of single-task models.
         tasks: one task name or several, in the order the new model shall have.
+        calibration: images like those the model will meet: an iterable of batches [b, c, h, w] or single images
+            [c, h, w], or of dicts that hold one under "image", such as a `DataLoader` or a list of samples. Read once,
+            in eval mode without gradients.
+        mass: largest share of the gate's weights that may go in addition, 0 to below 1: in each layer the least used
+            experts are dropped while no task loses more than this share of its weights on the calibration images.
+            Shares are those of the model before anything was dropped. A gate that chooses k keeps at least k.
+
+    Returns:
+        The new model, whose attribute `extraction` is the `Extraction`: the experts kept and the gate mass dropped.
 
     Raises:
-        ValueError: an unknown task; the nearest names are listed.
+        ValueError: an unknown task (the nearest names are listed); `mass` out of range or without calibration; or a
+            calibration that is empty or holds something else.
     """
-    return model.for_tasks(tasks)
+    if not 0 <= mass < 1:
+        raise ValueError(f"mass: got {mass}, expected a share from 0 to below 1")
+    if mass > 0 and calibration is None:
+        raise ValueError(f"mass: got {mass} without calibration; pass images, on which the gate mass is measured")
+    small: Any = model.for_tasks(tasks)
+    small.extraction = Extraction({})
+    if isinstance(small, SingleTaskSet) or not small.moe_layers:
+        return small
+    found = {}
+    for name, layer in small.moe_layers.items():
+        reached = [layer.moe.gate.reachable(task) for task in range(len(small.tasks))]
+        held = layer.moe.kept_experts
+        if all(ids is not None for ids in reached):
+            held = sorted(set(held) & set().union(*reached))
+        found[name] = LayerExtraction(layer.moe.gate.num_experts, tuple(held))
+    if calibration is not None:
+        for name, usage in _measure(small, calibration).items():
+            gate = small.moe_layers[name].moe.gate
+            least = 1 if gate.compute_class == "dense" else gate.k
+            found[name] = usage.choose(found[name], least, mass, [task.name for task in small.tasks])
+    keep_experts(small, {name: layer.kept for name, layer in found.items()})
+    small.extraction = Extraction(found)
+    return small
+
+
+def keep_experts(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
+    """Drops, in place, every expert but these; what is left is recorded in `model.config["kept_experts"]`.
+
+    Args:
+        model: a `MultiTaskModel`.
+        kept: by layer, the key of its `Routing`, ids of experts as the layer was made with. Other layers stay whole.
+
+    Raises:
+        ValueError: no such layer, or ids that it does not hold.
+    """
+    layers = model.moe_layers if isinstance(model, MultiTaskModel) else {}
+    for name, ids in kept.items():
+        if name not in layers:
+            raise ValueError(f"kept: no layer {name!r} with experts; {nearest(name, layers)}")
+        moe = layers[name].moe
+        if sorted(ids) == moe.kept_experts:
+            continue
+        try:
+            moe.keep_experts(ids)
+        except ValueError as error:
+            raise ValueError(f"kept: layer {name!r}: {error}") from error
+    config: dict[str, Any] | None = getattr(model, "config", None)
+    if config is not None:
+        held = {name: layer.moe.kept_experts for name, layer in layers.items() if layer.moe.gate.kept is not None}
+        config.pop("kept_experts", None)
+        if held:
+            config["kept_experts"] = held
+
+
+class _Usage:
+    """Gate mass per task and expert of one layer, float64 [t, e], added up over calibration batches."""
+
+    def __init__(self, num_tasks: int, num_experts: int):
+        self.mass = torch.zeros(num_tasks, num_experts, dtype=torch.float64)
+        self.tokens = 0
+
+    def add(self, routing: Routing) -> None:
+        weights = routing.dense_weights()
+        if routing.valid is not None:
+            weights = weights.where(routing.valid.unsqueeze(-1), 0.0)
+        self.tokens += len(weights) if routing.valid is None else int(routing.valid.sum())
+        if routing.task is None:  # one pass for every task
+            self.mass += weights.sum(0).double().cpu()
+            return
+        per_task = weights.new_zeros(self.mass.shape).index_add(0, routing.task_ids(), weights)
+        self.mass += per_task.double().cpu()
+
+    def choose(self, before: LayerExtraction, least: int, limit: float, tasks: Sequence[str]) -> LayerExtraction:
+        """What to keep of a layer: the experts with any mass, without the least used that fit the limit."""
+        shares = self.mass / self.mass.sum(dim=1, keepdim=True)
+        use = shares.amax(dim=0)
+        kept = [e for e in before.kept if use[e] > 0]
+        dropped = torch.zeros(len(tasks), dtype=torch.float64)
+        for e in sorted(kept, key=lambda e: float(use[e])):
+            if len(kept) <= least or (dropped + shares[:, e]).max() > limit:
+                break
+            kept.remove(e)
+            dropped += shares[:, e]
+        gone = sorted(set(range(before.experts)) - set(kept))
+        return LayerExtraction(
+            before.experts,
+            tuple(kept),
+            self.tokens,
+            float(self.mass[:, gone].sum() / self.mass.sum()),
+            dict(zip(tasks, dropped.tolist(), strict=True)),
+        )
+
+
+@torch.no_grad()
+def _measure(model: MultiTaskModel, calibration: Iterable[Any]) -> dict[str, _Usage]:
+    """The gate mass of every layer over the calibration images, all tasks, in eval mode."""
+    layers = model.moe_layers
+    usage = {name: _Usage(len(model.tasks), layer.moe.gate.num_experts) for name, layer in layers.items()}
+    device = next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for i, item in enumerate(calibration):
+            _, routings = model(_images(item, i).to(device), return_routing=True)
+            for name, routing in routings.items():
+                usage[name].add(routing)
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not all(layer.tokens for layer in usage.values()):
+        raise ValueError("calibration: got no images; pass an iterable of image batches that can be read once more")
+    return usage
+
+
+def _images(item: Any, position: int) -> Tensor:
+    """The images [b, c, h, w] of one calibration item."""
+    image = item.get("image") if isinstance(item, Mapping) else item
+    if not isinstance(image, Tensor) or image.ndim not in (3, 4):
+        got = type(item).__name__
+        if isinstance(item, Mapping):
+            got += f" of {', '.join(map(str, item))}"
+        elif isinstance(item, Tensor):
+            got += f" of shape {list(item.shape)}"
+        raise ValueError(
+            f"calibration: item {position} is a {got}; expected images [b, c, h, w] or [c, h, w], or a dict that holds "
+            "them under 'image'"
+        )
+    return image.unsqueeze(0) if image.ndim == 3 else image

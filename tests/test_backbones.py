@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from moe_mtl import extract, moefy
+from moe_mtl.gates import GATES
 from moe_mtl.tasks import Task
 
 TASKS = (Task.segmentation("semseg", 4), Task.depth(), Task.classification("scene", 3))
@@ -66,7 +67,7 @@ def test_step_zero_is_the_dense_model(structure, training):
     assert not torch.equal(a, b)
 
 
-@pytest.mark.parametrize("gate", ["noisy_topk", "task_embedding", "task_blind", "softmax"])
+@pytest.mark.parametrize("gate", sorted(GATES))
 def test_every_gate_starts_dense(gate):
     backbone, x = dense(), images()
     model = moefy(backbone, TASKS, gate=gate, experts=4, k=4 if gate == "softmax" else 1)
@@ -77,7 +78,7 @@ def test_every_gate_starts_dense(gate):
 
 
 @pytest.mark.parametrize("structure", ["vit", "vit_swiglu", "vit_geglu", "eva"])
-@pytest.mark.parametrize("gate", ["softmax", "noisy_topk", "task_embedding", "task_blind"])
+@pytest.mark.parametrize("gate", sorted(GATES))
 def test_split_is_exact_and_costs_output_biases_only(structure, gate):
     backbone, x = dense(structure), images()
     model = moefy(backbone, TASKS, gate=gate, experts=4, k=4, hidden="split")

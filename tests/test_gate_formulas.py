@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from moe_mtl.gates import GATES, create_gate
+from moe_mtl.gates._topk import TopKGate
 
-every_topk_gate = pytest.mark.parametrize("name", sorted(set(GATES) - {"softmax"}))
+every_topk_gate = pytest.mark.parametrize("name", sorted(n for n, gate in GATES.items() if issubclass(gate, TopKGate)))
 LOG = math.log
 ONE = torch.ones(1, 1)
 
@@ -85,6 +86,64 @@ def test_task_embedding_is_an_mlp_over_the_one_hot_beside_each_token():
     vector = mlp(torch.eye(4)[2])
     expected = torch.cat([x, vector.expand(4, 3)], dim=1) @ gate.weight.T
     torch.testing.assert_close(gate(x, 2).logits, expected)
+
+
+def test_assigned_by_hand():
+    # Task 1 has experts 3 and 0 with learned numbers (0, log 3): softmax (1, 3) / 4. Task 0 has not learned: halves.
+    gate = create_gate("assigned", 1, 4, 2, 2, assignment=[[1, 2], [3, 0]])
+    fill(gate.weight[1], [0, LOG(3)])
+    routing = gate(torch.tensor([[5.0], [-7.0]]), (0, 1))
+    assert routing.indices.tolist() == [[1, 2], [3, 0]]
+    close(routing.weights, [[0.5, 0.5], [0.25, 0.75]])
+    close(routing.logits, [[-1e4, 0.0, 0.0, -1e4], [LOG(3), -1e4, -1e4, 0.0]])
+    close(routing.probs(), [[0.0, 0.5, 0.5, 0.0], [0.75, 0.0, 0.0, 0.25]])
+    # d w_0 / d l = w_0 (1 - w_0, -w_1) = (3/16, -3/16) for task 1.
+    routing.weights.backward(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+    close(gate.weight[1].grad, [3 / 16, -3 / 16])
+    assert (gate.reachable(0), gate.reachable(1)) == ((1, 2), (0, 3))
+
+
+@pytest.mark.parametrize(
+    "experts, tasks, k, groups",
+    [
+        (16, 8, 4, [0, 0, 4, 4, 8, 8, 12, 12]),  # neighbours share
+        (16, 3, 4, [0, 4, 8]),  # fewer tasks than groups
+        (7, 5, 2, [0, 0, 2, 2, 4]),  # an expert is left over
+        (3, 2, 3, [0, 0]),
+        (1, 2, 1, [0, 0]),
+    ],
+)
+def test_tasks_are_dealt_over_groups_of_experts(experts, tasks, k, groups):
+    gate = create_gate("assigned", 4, experts, tasks, k)
+    assert [gate.reachable(task) for task in range(tasks)] == [tuple(range(start, start + k)) for start in groups]
+
+
+def test_an_assignment_survives_saving_and_the_choice_of_tasks():
+    table = [[1, 2], [3, 0], [4, 2]]
+    gate = create_gate("assigned", 1, 5, 3, 2, assignment=table)
+    assert gate.task_options() == {"assignment": table}
+    some = gate.for_tasks((2, 0))
+    assert some.task_options() == {"assignment": [[4, 2], [1, 2]]}
+    again = create_gate("assigned", 1, 5, 2, 2, **some.task_options())
+    assert torch.equal(again(ONE, 0).indices, gate(ONE, 2).indices)
+    other = create_gate("assigned", 1, 5, 3, 2)
+    other.load_state_dict(gate.state_dict())
+    assert other.task_options() == {"assignment": table}
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        ([[0, 1]], "got 1 rows, expected one for each of the 2 tasks"),
+        ([[0, 1], [2]], r"got \[2\] for task 1, expected k=2 different ids from 0 to 2"),
+        ([[0, 1], [2, 2]], r"got \[2, 2\] for task 1"),
+        ([[0, 3], [1, 2]], r"got \[0, 3\] for task 0"),
+        ([[0, -1], [1, 2]], r"got \[0, -1\] for task 0"),
+    ],
+)
+def test_impossible_assignments_are_refused(table, message):
+    with pytest.raises(ValueError, match=f"^assignment: {message}"):
+        create_gate("assigned", 1, 3, 2, 2, assignment=table)
 
 
 @every_topk_gate

@@ -8,10 +8,13 @@ import torch
 
 from moe_mtl.gates import GATES, Gate, create_gate
 from moe_mtl.gates._router import check_task
+from moe_mtl.gates._topk import TopKGate
+from moe_mtl.regularizers import REGULARIZERS, total
 from moe_mtl.routing import Routing
 
 DIM, TASKS = 6, 4
-PER_TASK = ("softmax", "noisy_topk")  # every parameter belongs to one task
+PER_TASK = ("softmax", "noisy_topk", "assigned")  # every parameter belongs to one task
+TOPK = sorted(name for name, gate in GATES.items() if issubclass(gate, TopKGate))
 SIZES = [(1, 1), (3, 2), (5, 5), (7, 1)]  # experts, k: one expert; not a power of two; all of them; one of many
 
 
@@ -77,8 +80,11 @@ def test_selection_agrees_with_a_sort_of_the_logits(name):
 @pytest.mark.parametrize("normalize", ["none", "detached"])
 @pytest.mark.parametrize("task", [1, (1, 3), torch.tensor([1, 3, 3, 1, 1, 3, 1, 3])], ids=["id", "blocks", "rows"])
 def test_router_gets_a_gradient_from_the_weights_alone(name, experts, k, normalize, task):
-    gate = make(name, experts, k, **({} if name == "softmax" else {"normalize": normalize})).train()
+    gate = make(name, experts, k, **({"normalize": normalize} if name in TOPK else {})).train()
     routing = gate(tokens(8), task)
+    if name == "assigned" and k == 1:  # the one expert of a task has weight 1
+        assert list(gate.parameters()) == []
+        return
     routing.weights.backward(torch.randn(routing.weights.shape, generator=torch.Generator().manual_seed(2)))
     asked = {1} if isinstance(task, int) else {1, 3}
     for parameter_name, parameter in gate.named_parameters():
@@ -150,9 +156,62 @@ def test_nan_in_another_tasks_router_changes_nothing(name, task):
 
 
 @every_gate
+@pytest.mark.parametrize("experts, k", SIZES)
+def test_every_gate_lives_with_the_regularizers(name, experts, k):
+    gate = make(name, experts, k).train()
+    # smooth load needs noise, or nothing to choose
+    smooth = name in TOPK or gate.k == experts
+    coefficients = {regularizer: 0.5 for regularizer in REGULARIZERS if regularizer != "load" or smooth}
+    loss, parts = total({"a": gate(tokens(8), (0, 2)), "b": gate(tokens(4), 1)}, coefficients)
+    assert loss.isfinite()
+    assert set(parts) == set(coefficients)
+    if loss.requires_grad:
+        loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in gate.parameters())
+
+
+@every_gate
+def test_reachable_experts_are_those_the_weights_use(name):
+    gate = make(name, 7, 2)
+    for task in range(TASKS):
+        ids = gate.reachable(task)
+        assert (ids is None) == (gate.compute_class != "task")
+        if ids is not None:
+            used = gate(tokens(9), task).dense_weights() > 0
+            assert used.all(0).nonzero().flatten().tolist() == list(ids)
+
+
+@every_gate
+@pytest.mark.parametrize("task", [0, (0, 2), torch.tensor([0, 2, 2, 0, 0, 2, 2, 0, 2])], ids=["id", "blocks", "rows"])
+def test_experts_that_are_not_kept_are_never_chosen_and_weights_stay_shares_of_all(name, task):
+    gate, x = make(name, 7, 2), tokens(9 if isinstance(task, torch.Tensor) else 8)
+    full = gate(x, task)
+    for ids in ([0, 1, 3, 4, 6], [0, 2], [3]):
+        small = copy.deepcopy(gate)
+        small.keep_experts(torch.tensor(ids))
+        routing = small(x, task)
+        assert small.k == routing.k == min(gate.k, len(ids))
+        assert set(routing.indices.flatten().tolist()) <= set(ids)
+        assert torch.equal(routing.logits, full.logits)
+        chosen = torch.zeros(full.logits.shape).scatter(1, routing.indices, 1.0)
+        torch.testing.assert_close(routing.dense_weights(), full.probs() * chosen)
+        gone = [e for e in range(7) if e not in ids]
+        untouched = full.dense_weights()[:, gone].sum(1) == 0
+        torch.testing.assert_close(routing.dense_weights()[untouched], full.dense_weights()[untouched])
+        in_bank = small.in_bank(routing)
+        assert in_bank.num_experts == len(ids)
+        assert torch.equal(torch.tensor(ids)[in_bank.indices], routing.indices)
+        assert torch.equal(in_bank.logits, full.logits[:, ids])
+        again = make(name, 7, 2, seed=5)
+        again.keep_experts(torch.tensor(sorted({6} | set(range(len(ids) - 1)))))
+        again.load_state_dict(small.state_dict())  # which experts are left is part of the state
+        assert torch.equal(dense(again(x, task)), dense(routing))
+
+
+@every_gate
 def test_tasks_differ_unless_the_gate_is_blind(name):
     gate, x = make(name), tokens(16)
-    a, b = gate(x, 0), gate(x, 1)
+    a, b = gate(x, 0), gate(x, 3)
     if gate.task_dependent:
         assert (a.logits - b.logits).abs().max() > 0.1
         assert not torch.equal(a.dense_weights() > 0, b.dense_weights() > 0) or a.indices is None
@@ -206,7 +265,7 @@ def test_routers_compute_in_float32_under_autocast_and_for_half_tokens(name, tas
 
 @every_gate
 def test_gate_for_some_tasks(name):
-    gate, x = make(name, **({} if name == "softmax" else {"normalize": "detached", "noise_std": 0.5})), tokens(8)
+    gate, x = make(name, **({"normalize": "detached", "noise_std": 0.5} if name in TOPK else {})), tokens(8)
     small = gate.for_tasks((3, 1))
     assert type(small) is type(gate)
     assert (small.num_tasks, gate.num_tasks) == (2, TASKS)
@@ -320,6 +379,46 @@ def test_wrong_tokens_and_masks_are_refused(name):
             gate(tokens(3), 0, valid)
 
 
+class TestFrozenRouters:
+    @pytest.mark.parametrize("name", TOPK)
+    @pytest.mark.parametrize(
+        "regularizers", [{}, {"importance": 0.1, "load": 0.1, "z_loss": 0.1}], ids=["plain", "aux"]
+    )
+    def test_training_leaves_the_router_as_it_was_drawn(self, name, regularizers):
+        gate, stem = make(name, frozen=True).train(), torch.nn.Linear(DIM, DIM)
+        before = copy.deepcopy(gate.state_dict())
+        optimizer = torch.optim.AdamW([*stem.parameters(), *gate.parameters()], lr=0.1, weight_decay=0.5)
+        routing = gate(stem(tokens(8)), (0, 2))
+        extra, _ = total({"a": routing}, regularizers)
+        (routing.weights.square().sum() + extra).backward()
+        assert stem.weight.grad.abs().max() > 1e-4  # the layers before still learn through it
+        optimizer.step()
+        assert len(before) > 0
+        assert all(torch.equal(before[key], value) for key, value in gate.state_dict().items())
+
+    @pytest.mark.parametrize("name", TOPK)
+    def test_regularizers_of_a_frozen_first_layer_have_a_value_and_no_gradient(self, name):
+        gate = make(name, frozen=True).train()
+        extra, parts = total({"a": gate(tokens(8), (0, 2))}, {"importance": 1.0, "load": 1.0})
+        assert not extra.requires_grad
+        assert all(part > 0 for part in parts.values())
+        elsewhere = torch.ones((), requires_grad=True)
+        (elsewhere + extra).backward()
+        assert elsewhere.grad == 1
+
+    @pytest.mark.parametrize("name", TOPK)
+    def test_it_routes_saves_loads_and_splits_as_a_trained_one(self, name):
+        trained, frozen = make(name), make(name, seed=1, frozen=True)
+        assert not torch.equal(dense(trained(tokens(5), 1)), dense(frozen(tokens(5), 1)))
+        frozen.load_state_dict(trained.state_dict())
+        assert torch.equal(dense(trained(tokens(5), 1)), dense(frozen(tokens(5), 1)))
+        for gate in (frozen, frozen.for_tasks((3, 1)), copy.deepcopy(frozen)):
+            assert not any(p.requires_grad for p in gate.parameters())
+            assert gate.extra_repr().endswith(", frozen=True")
+        assert all(p.requires_grad for p in trained.parameters())
+        assert "frozen" not in trained.extra_repr()
+
+
 def test_create_gate_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="unknown 'noisy_top'; did you mean 'noisy_topk'"):
         create_gate("noisy_top", 4, 3, 2, 1)
@@ -335,6 +434,8 @@ def test_create_gate_refuses_what_it_does_not_know():
         create_gate("task_blind", 4, 3, 2, 4)
     with pytest.raises(ValueError, match=r"^embedding_dim: "):
         create_gate("task_embedding", 4, 3, 2, 1, embedding_dim=0)
+    with pytest.raises(ValueError, match=r"^frozen: gate 'softmax' has no such option"):
+        create_gate("softmax", 4, 3, 2, frozen=True)
     for bad in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=r"^noise_std: "):
             create_gate("noisy_topk", 4, 3, 2, 1, noise_std=bad)
@@ -347,6 +448,7 @@ def test_compute_classes():
         "noisy_topk": "token",
         "task_embedding": "token",
         "task_blind": "token",
+        "assigned": "task",
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_mtl.experts import ExpertBank
-from moe_mtl.gates import create_gate, resolve_k
+from moe_mtl.gates import GATES, create_gate, resolve_k
 from moe_mtl.heads import Features, make_head
 from moe_mtl.kernels.ops import moe_mlp, plan_routing
 from moe_mtl.layers import ContextMoE, ExpandTasks, ExpertBlock, MoE, StackTasks, TaskContext
@@ -83,8 +83,9 @@ def moefy(
             f"hidden: 'split' computes what the dense model did only when every expert is used; got k={k} of "
             f"{experts} experts. Use k={experts}, or hidden='copy'"
         )
-    router_args: dict[str, Any] = {} if gate == "softmax" else {"normalize": "detached"}
-    if hidden == "split" and gate != "softmax":
+    chosen = GATES[gate].compute_class == "token"  # softmax over all experts: the weights of the chosen add up to less
+    router_args: dict[str, Any] = {"normalize": "detached"} if chosen else {}
+    if hidden == "split" and chosen:
         router_args["noise_std"] = 0.0  # noise would make the weights unequal in training
     router_args |= gate_args or {}
     backbone.reset_classifier(0)

@@ -3,6 +3,7 @@
 import inspect
 
 from moe_mtl.gates._gate import Gate
+from moe_mtl.gates.assigned import AssignedGate
 from moe_mtl.gates.noisy_topk import NoisyTopKGate
 from moe_mtl.gates.softmax import SoftmaxGate
 from moe_mtl.gates.task_blind import TaskBlindGate
@@ -16,6 +17,7 @@ GATES: dict[str, type[Gate]] = {
     "noisy_topk": NoisyTopKGate,
     "task_embedding": TaskEmbeddingGate,
     "task_blind": TaskBlindGate,
+    "assigned": AssignedGate,
 }
 
 

@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
+import torch
 from torch import Tensor, nn
 
 from moe_mtl.routing import Routing, TaskIds
@@ -21,6 +22,10 @@ class Gate(nn.Module, ABC):
         num_tasks: tasks t; ids are 0..t-1.
         k: experts used per token, 1..e.
 
+    Attributes:
+        kept: ids of the experts that are left, ascending, int64; None while all of them are. See `keep_experts`.
+        rows: where each of the e experts stands in a bank of the kept ones, int64 [e], -1 for those not in it; or None.
+
     Raises:
         ValueError: a size is below 1 or k exceeds num_experts.
     """
@@ -28,6 +33,8 @@ class Gate(nn.Module, ABC):
     compute_class: ClassVar[Literal["dense", "token", "task", "weight"]]
     # False: the same weights for every task, so features stay shared and tasks need not be stacked after this gate.
     task_dependent: ClassVar[bool] = True
+    kept: Tensor | None
+    rows: Tensor | None
 
     def __init__(self, dim: int, num_experts: int, num_tasks: int, k: int):
         super().__init__()
@@ -37,6 +44,8 @@ class Gate(nn.Module, ABC):
         if k > num_experts:
             raise ValueError(f"k: got {k}, more than the {num_experts} experts; use k <= num_experts")
         self.dim, self.num_experts, self.num_tasks, self.k = dim, num_experts, num_tasks, k
+        self.register_buffer("kept", None)
+        self.register_buffer("rows", None)
 
     @abstractmethod
     def forward(self, x: Tensor, task: TaskIds | None, valid: Tensor | None = None) -> Routing:
@@ -53,6 +62,13 @@ class Gate(nn.Module, ABC):
         """Ids of the experts this task can ever use, when that does not depend on the input; None for all."""
         return None
 
+    def task_options(self) -> dict[str, Any]:
+        """The options of the constructor that hold something for every task, as plain data; other gates have none.
+
+        They are what a configuration must say to build this gate for the tasks it has now.
+        """
+        return {}
+
     @abstractmethod
     def zero_scores(self) -> None:
         """Makes, in place, every score zero until the gate learns: all experts then weigh the same."""
@@ -60,6 +76,33 @@ class Gate(nn.Module, ABC):
     @abstractmethod
     def for_tasks(self, tasks: Sequence[int]) -> Self:
         """A gate for these tasks alone, renumbered 0, 1, ... in the given order, holding no parameter of another."""
+
+    def keep_experts(self, ids: Tensor) -> None:
+        """Makes, in place, every expert but these impossible to choose; k becomes their number where it was larger.
+
+        A weight is still what it was: a share of all e experts, so nothing changes for a token that chose none of the
+        others. A `Routing` keeps the ids, the columns and the logits of all e experts.
+
+        Args:
+            ids: of the e experts, ascending, int64.
+        """
+        self.kept = ids
+        self.rows = ids.new_full((self.num_experts,), -1).scatter(0, ids, torch.arange(len(ids), device=ids.device))
+        self.k = min(self.k, len(ids))
+
+    def in_bank(self, routing: Routing) -> Routing:
+        """A routing of this gate as a bank of the kept experts reads it: ids and columns are those of the bank."""
+        if self.kept is None or self.rows is None or routing.indices is None:
+            return routing
+        logits = routing.logits.index_select(-1, self.kept)
+        return Routing(routing.weights, self.rows[routing.indices], logits, routing.task, routing.valid)
+
+    def strongest(self, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """The k largest of each row among the kept experts, and their ids, of probabilities [m, e]: two [m, k]."""
+        if self.kept is None:
+            return probs.topk(self.k, dim=-1)
+        weights, places = probs.index_select(-1, self.kept).topk(self.k, dim=-1)
+        return weights, self.kept[places]
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

@@ -2,7 +2,7 @@
 
 Paper: Fan et al. 2022, https://arxiv.org/abs/2210.14793 (M3ViT, the multi-gate variant).
 Differs: one task can be run alone (the authors' code runs all of them in this mode); noise defaults to V-MoE's scale
-    where the authors' published command has none.
+    where the authors' published command has none; `frozen` routers are an addition, as in `moe_mtl.gates._topk`.
 """
 
 from collections.abc import Sequence
@@ -10,25 +10,16 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from moe_mtl.gates._router import TaskLinear
-from moe_mtl.gates._topk import Normalize, TopKGate
+from moe_mtl.gates._topk import TopKGate
 from moe_mtl.routing import TaskIds
 
 
 class NoisyTopKGate(TopKGate):
     """The k largest of softmax(W_t x + noise) over all experts; arguments as in `TopKGate`."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        num_tasks: int,
-        k: int,
-        *,
-        noise_std: float = 1.0,
-        normalize: Normalize = "none",
-    ):
-        super().__init__(dim, num_experts, num_tasks, k, noise_std=noise_std, normalize=normalize)
-        self.router = TaskLinear(dim, num_experts, num_tasks, bias=False)
+    def make_router(self) -> None:
+        """W_t [e, d] for every task."""
+        self.router = TaskLinear(self.dim, self.num_experts, self.num_tasks, bias=False)
 
     def scores(self, x: Tensor, task: TaskIds) -> Tensor:
         """W_t x, [m, e]."""

@@ -42,7 +42,11 @@ class SoftmaxGate(RouterGate):
 
     def choose(self, logits: Tensor, task: TaskIds | None, valid: Tensor | None) -> Routing:
         """The dense mixture of logits [m, e]."""
-        return Routing(logits.softmax(dim=-1), None, logits, task, valid)
+        weights = logits.softmax(dim=-1)
+        if self.kept is None:
+            return Routing(weights, None, logits, task, valid)
+        indices = self.kept.expand(logits.shape[0], -1)
+        return Routing(weights.index_select(-1, self.kept), indices, logits, task, valid)
 
     def zero_scores(self) -> None:
         """Makes, in place, every router zero."""

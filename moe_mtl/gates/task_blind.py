@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_mtl.gates._router import uniform_parameter
-from moe_mtl.gates._topk import Normalize, TopKGate
+from moe_mtl.gates._topk import TopKGate
 from moe_mtl.routing import TaskIds
 
 
@@ -23,18 +23,9 @@ class TaskBlindGate(TopKGate):
 
     task_dependent: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        num_tasks: int,
-        k: int,
-        *,
-        noise_std: float = 1.0,
-        normalize: Normalize = "none",
-    ):
-        super().__init__(dim, num_experts, num_tasks, k, noise_std=noise_std, normalize=normalize)
-        self.weight = uniform_parameter(num_experts, dim, fan_in=dim)
+    def make_router(self) -> None:
+        """W [e, d], one for all tasks."""
+        self.weight = uniform_parameter(self.num_experts, self.dim, fan_in=self.dim)
 
     def scores(self, x: Tensor, task: TaskIds | None) -> Tensor:
         """W x, [m, e]."""

@@ -30,6 +30,7 @@ class TaskEmbeddingGate(TopKGate):
         embedding_dim: width d_t of the task vector; 64 is the value in the authors' configuration.
         noise_std: as in `TopKGate`.
         normalize: as in `TopKGate`.
+        frozen: as in `TopKGate`; the task vectors are fixed too.
 
     Raises:
         ValueError: as in `TopKGate`, or `embedding_dim` is below 1.
@@ -45,15 +46,21 @@ class TaskEmbeddingGate(TopKGate):
         embedding_dim: int = 64,
         noise_std: float = 1.0,
         normalize: Normalize = "none",
+        frozen: bool = False,
     ):
-        super().__init__(dim, num_experts, num_tasks, k, noise_std=noise_std, normalize=normalize)
         if embedding_dim < 1:
             raise ValueError(f"embedding_dim: got {embedding_dim}, expected at least 1")
-        self.weight = uniform_parameter(num_experts, dim + embedding_dim, fan_in=dim + embedding_dim)
-        self.table = nn.ParameterList([uniform_parameter(embedding_dim, fan_in=num_tasks) for _ in range(num_tasks)])
-        self.table_bias = uniform_parameter(embedding_dim, fan_in=num_tasks)
-        self.project = nn.Linear(embedding_dim, embedding_dim)
-        self.norm = nn.LayerNorm(embedding_dim)
+        self.embedding_dim = embedding_dim  # before the constructor, which calls `make_router`
+        super().__init__(dim, num_experts, num_tasks, k, noise_std=noise_std, normalize=normalize, frozen=frozen)
+
+    def make_router(self) -> None:
+        """W [e, d + d_t], and the task vectors' table and MLP."""
+        width = self.embedding_dim
+        self.weight = uniform_parameter(self.num_experts, self.dim + width, fan_in=self.dim + width)
+        self.table = nn.ParameterList([uniform_parameter(width, fan_in=self.num_tasks) for _ in range(self.num_tasks)])
+        self.table_bias = uniform_parameter(width, fan_in=self.num_tasks)
+        self.project = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
 
     def embed(self, task: TaskIds, dtype: torch.dtype = torch.float32) -> Tensor:
         """The task vectors s_t: [1, d_t] for one id, [blocks, d_t] for one per block, [m, d_t] for one per row."""
@@ -68,7 +75,7 @@ class TaskEmbeddingGate(TopKGate):
 
     def scores(self, x: Tensor, task: TaskIds) -> Tensor:
         """W_x x + W_s s_t, [m, e]."""
-        token_weight, task_weight = self.weight.to(x.dtype).split((self.dim, self.weight.shape[1] - self.dim), dim=1)
+        token_weight, task_weight = self.weight.to(x.dtype).split((self.dim, self.embedding_dim), dim=1)
         scores, shift = F.linear(x, token_weight), F.linear(self.embed(task, x.dtype), task_weight)
         if isinstance(task, int | Tensor):
             return scores + shift
