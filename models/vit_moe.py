@@ -75,7 +75,7 @@ class ViTMoEConfig(ViTConfig):
     hidden_ratio: float = 1.0
 
 
-MICRO: dict[str, Any] = {}
+MICRO: dict[str, Any] = {"dim": 96}
 TINY = {"image_size": 224, "patch_size": 16, "dim": 192, "depth": 12, "num_heads": 3, "class_token": True}
 SMALL = {**TINY, "dim": 384, "num_heads": 6}
 BASE = {**TINY, "dim": 768, "num_heads": 12}
@@ -135,7 +135,7 @@ def _with_options(model: Any, config: ViTConfig) -> nn.Module:
 
 @register_model
 def m3vit_micro(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
-    """Width 128, depth 6, patch 8, for 64x64 images on a CPU."""
+    """Width 96, depth 6, patch 8, for 64x64 images on a CPU."""
     return _m3vit(tasks, MICRO, overrides)
 
 

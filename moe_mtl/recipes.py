@@ -73,59 +73,105 @@ def get_recipe(name: str) -> Recipe:
     return RECIPES[name]()
 
 
-def _on(parent: Recipe, out: str, model: str) -> Recipe:
+def _on(parent: Recipe, out: str, model: str, **args: Any) -> Recipe:
     """The parent's data and training with another model."""
-    return replace(parent, model=replace(parent.model, name=model), trainer=replace(parent.trainer, out=out))
+    return replace(parent, model=ModelConfig(name=model, args=args), trainer=replace(parent.trainer, out=out))
+
+
+# Experts of ProcRoom's tasks in their order: semseg and saliency ask what things are, depth and normals for the
+# geometry, edges and texture for contours, count and scene for the image as a whole.
+_WHAT, _GEOMETRY, _CONTOUR, _IMAGE = [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]
+PAIRS = [_WHAT, _GEOMETRY, _GEOMETRY, _CONTOUR, _CONTOUR, _WHAT, _IMAGE, _IMAGE]
+
+
+# weights of the chosen experts that add up to 1: trained from scratch, the experts learn sooner
+PROCROOM = {"gate_args": {"normalize": "detached"}}
 
 
 @register
 def m3vit_micro_procroom() -> Recipe:
-    """Task-gated ViT on 8 tasks of generated rooms."""
+    """Task-gated ViT on 8 tasks of generated rooms: experts in every second block."""
     return Recipe(
-        model=ModelConfig(name="m3vit_micro"),
+        model=ModelConfig(name="m3vit_micro", args=PROCROOM),
         data=ProcRoom(),
         trainer=TrainerConfig(
             out="runs/m3vit_micro_procroom",
-            steps=6000,
-            batch_size=32,
-            tasks_per_step=2,
-            lr=1e-3,
-            warmup=200,
+            steps=1200,
+            batch_size=16,
+            lr=2e-3,
+            warmup=100,
             regularizers={"importance": 0.01},
-            eval_every=2000,
-            save_every=250,
+            eval_every=400,
+            val_limit=512,
+            save_every=200,
         ),
     )
 
 
+def _procroom(name: str, model: str, **args: Any) -> Recipe:
+    """m3vit_micro_procroom with another model or other options of its own."""
+    return _on(m3vit_micro_procroom(), f"runs/{name}", model, **args)
+
+
+@register
+def m3vit_micro_last_procroom() -> Recipe:
+    """m3vit_micro_procroom with experts in the last block only: tasks share everything up to its MLP."""
+    return _procroom("m3vit_micro_last_procroom", "m3vit_micro", blocks=[-1], **PROCROOM)
+
+
+@register
+def m3vit_micro_decoder_procroom() -> Recipe:
+    """m3vit_micro_procroom with experts after the backbone only: a dense ViT, then one attention-free expert block."""
+    return _procroom("m3vit_micro_decoder_procroom", "m3vit_micro", blocks=[], decoder=1, **PROCROOM)
+
+
+@register
+def m3vit_micro_blind_procroom() -> Recipe:
+    """Control of m3vit_micro_procroom: one router for all tasks, so that every task uses the same experts."""
+    return _procroom("m3vit_micro_blind_procroom", "m3vit_micro", gate="task_blind", **PROCROOM)
+
+
+@register
+def m3vit_micro_frozen_procroom() -> Recipe:
+    """Control of m3vit_micro_procroom: the routers of all tasks stay as they were drawn."""
+    return _procroom("m3vit_micro_frozen_procroom", "m3vit_micro", gate_args={"normalize": "detached", "frozen": True})
+
+
+@register
+def m3vit_micro_assigned_procroom() -> Recipe:
+    """Control of m3vit_micro_procroom: experts assigned by hand, four to each pair of related tasks."""
+    return _procroom("m3vit_micro_assigned_procroom", "m3vit_micro", gate="assigned", gate_args={"assignment": PAIRS})
+
+
 @register
 def shared_bottom_micro_procroom() -> Recipe:
-    """Dense control of m3vit_micro_procroom: one backbone for all tasks, the same training and data."""
-    return _on(m3vit_micro_procroom(), "runs/shared_bottom_micro_procroom", "shared_bottom_micro")
+    """Dense control of m3vit_micro_procroom: one backbone of the same width for all tasks."""
+    return _procroom("shared_bottom_micro_procroom", "shared_bottom_micro")
+
+
+@register
+def shared_bottom_micro_wide_procroom() -> Recipe:
+    """Dense control of m3vit_micro_procroom with as many parameters in all: a wider shared backbone."""
+    return _procroom("shared_bottom_micro_wide_procroom", "shared_bottom_micro", dim=132)
 
 
 @register
 def single_task_micro_procroom() -> Recipe:
-    """Single-task control of m3vit_micro_procroom: a dense backbone per task, the same training and data."""
-    return _on(m3vit_micro_procroom(), "runs/single_task_micro_procroom", "single_task_micro")
+    """Single-task control of m3vit_micro_procroom: a dense backbone of the same width per task."""
+    return _procroom("single_task_micro_procroom", "single_task_micro")
 
 
 @register
 def procroom_demo() -> Recipe:
-    """m3vit_micro_procroom cut to about four minutes on two CPU cores: all tasks in every step, batches of 16."""
+    """m3vit_micro_procroom cut to a few minutes on two CPU cores."""
     recipe = m3vit_micro_procroom()
     trainer = replace(
-        recipe.trainer,
-        out="runs/demo",
-        steps=240,
-        batch_size=16,
-        tasks_per_step=None,
-        warmup=50,
-        eval_every=240,
-        val_limit=512,
-        save_every=80,
+        recipe.trainer, out="runs/demo", steps=240, warmup=50, eval_every=240, val_limit=512, save_every=80
     )
     return replace(recipe, trainer=trainer)
+
+
+FRAMES = {"image_size": [96, 128]}
 
 
 @register
@@ -135,10 +181,9 @@ def m3vit_micro_nyuv2() -> Recipe:
     Trains on the official 795 frames, so there is no validation; --data.tuning=true --trainer.eval_every=500 holds out
     414 of them.
     """
-    data = NYUv2(height=96, width=128, num_classes=13)
     return Recipe(
-        model=ModelConfig(name="m3vit_micro", args={"image_size": [data.height, data.width]}),
-        data=data,
+        model=ModelConfig(name="m3vit_micro", args=FRAMES),
+        data=NYUv2(height=96, width=128, num_classes=13),
         trainer=TrainerConfig(
             out="runs/m3vit_micro_nyuv2",
             steps=1000,
@@ -155,10 +200,10 @@ def m3vit_micro_nyuv2() -> Recipe:
 @register
 def shared_bottom_micro_nyuv2() -> Recipe:
     """Dense control of m3vit_micro_nyuv2: one backbone for all tasks, the same training and data."""
-    return _on(m3vit_micro_nyuv2(), "runs/shared_bottom_micro_nyuv2", "shared_bottom_micro")
+    return _on(m3vit_micro_nyuv2(), "runs/shared_bottom_micro_nyuv2", "shared_bottom_micro", **FRAMES)
 
 
 @register
 def single_task_micro_nyuv2() -> Recipe:
     """Single-task control of m3vit_micro_nyuv2: a dense backbone per task, the same training and data."""
-    return _on(m3vit_micro_nyuv2(), "runs/single_task_micro_nyuv2", "single_task_micro")
+    return _on(m3vit_micro_nyuv2(), "runs/single_task_micro_nyuv2", "single_task_micro", **FRAMES)

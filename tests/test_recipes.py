@@ -53,16 +53,20 @@ def test_runs_do_not_share_a_folder():
     assert len(set(folders)) == len(folders)
 
 
-@pytest.mark.parametrize("control, of", [
-    ("shared_bottom_micro_procroom", "m3vit_micro_procroom"),
-    ("single_task_micro_procroom", "m3vit_micro_procroom"),
-    ("shared_bottom_micro_nyuv2", "m3vit_micro_nyuv2"),
-])  # fmt: skip
-def test_controls_differ_in_the_model_only(control, of):
-    a, b = get_recipe(control), get_recipe(of)
-    assert a.model.name != b.model.name and a.model.args == b.model.args
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.rpartition("_")[2] in ("procroom", "nyuv2")])
+def test_controls_differ_in_the_model_only(name):
+    a, b = get_recipe(name), get_recipe("m3vit_micro_" + name.rpartition("_")[2])
     assert a.data == b.data
     assert replace(a.trainer, out=b.trainer.out) == b.trainer
+
+
+def test_the_wide_control_has_as_many_parameters_as_the_routed_model():
+    sizes = []
+    for name in ("m3vit_micro_procroom", "shared_bottom_micro_wide_procroom"):
+        recipe = get_recipe(name)
+        model = moe_mtl.create_model(recipe.model.name, tasks=recipe.data.tasks(), **recipe.model.args)
+        sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+    assert abs(sizes[1] / sizes[0] - 1) < 0.03  # the next width, 4 more, adds 5 %
 
 
 def test_list_and_unknown():

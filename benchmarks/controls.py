@@ -1,0 +1,214 @@
+"""m3vit_micro on ProcRoom against its controls: a queue of runs that can be stopped and goes on, and their table.
+
+    python benchmarks/controls.py                      every run that is still missing, then the table (`make runs`)
+    python benchmarks/controls.py run --seeds=3        three seeds of each
+    python benchmarks/controls.py run --workers=2      two runs side by side, each on half of the threads
+    python benchmarks/controls.py cost                 seconds per update of every recipe, measured side by side
+    python benchmarks/controls.py table                docs/controls.md and its picture, from the files alone
+
+A run is a recipe, a budget and a seed. Budget "steps": as many updates as m3vit_micro_procroom. Budget "time": as many
+as fit into its training time, by the measured seconds per update without data loading, which favours cheap models.
+What a run leaves is one JSON in benchmarks/controls/; a run whose JSON exists is done. Checkpoints lie in runs/
+meanwhile.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moe_mtl.recipes import get_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "controls"
+COST = RESULTS / "seconds_per_update.json"
+REFERENCE = "m3vit_micro_procroom"  # whose steps and training time are the budgets
+SINGLE, SHARED = "single_task_micro_procroom", "shared_bottom_micro_procroom"
+# in the order of their worth: the first seed of all, then the second of all
+QUEUE = (
+    (REFERENCE, "steps"),
+    (SHARED, "steps"),
+    (SINGLE, "steps"),
+    ("m3vit_micro_last_procroom", "time"),
+    (SHARED, "time"),
+    ("m3vit_micro_frozen_procroom", "steps"),
+    ("m3vit_micro_assigned_procroom", "steps"),
+    ("m3vit_micro_blind_procroom", "steps"),
+    ("shared_bottom_micro_wide_procroom", "steps"),
+    ("m3vit_micro_decoder_procroom", "time"),
+    ("shared_bottom_micro_wide_procroom", "time"),
+    ("m3vit_micro_last_procroom", "steps"),
+    ("m3vit_micro_decoder_procroom", "steps"),
+    ("m3vit_micro_blind_procroom", "time"),
+    (SINGLE, "time"),
+)
+RECIPES = tuple(dict.fromkeys(recipe for recipe, _ in QUEUE))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the queue."""
+
+    recipe: str
+    budget: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        return f"{self.recipe.removesuffix('_procroom')}.{self.budget}.s{self.seed}"
+
+    @property
+    def result(self) -> Path:
+        """The JSON it leaves."""
+        return RESULTS / f"{self.name}.json"
+
+    def steps(self) -> int:
+        """Updates within the budget."""
+        steps = get_recipe(REFERENCE).trainer.steps
+        if self.budget == "steps":
+            return steps
+        seconds = json.loads(COST.read_text())["seconds"]
+        return round(steps * seconds[REFERENCE] / seconds[self.recipe])
+
+
+def runs(seeds: int) -> list[Run]:
+    """The whole queue."""
+    return [Run(recipe, budget, seed) for seed in range(seeds) for recipe, budget in QUEUE]
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+def work_off(seeds: int, workers: int) -> None:
+    """Does every run that is still missing, in order, `workers` at a time."""
+    if not COST.is_file():
+        raise FileNotFoundError(f"{COST} is missing; measure it first: python benchmarks/controls.py cost")
+    left = [run for run in runs(seeds) if not run.result.is_file()]
+    print(f"{len(left)} of {len(runs(seeds))} runs to do: {', '.join(run.name for run in left) or 'none'}", flush=True)
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    with ThreadPoolExecutor(workers) as pool:
+        for done in [pool.submit(do, run, threads) for run in left]:
+            done.result()
+
+
+def do(run: Run, threads: int) -> None:
+    """Trains, or goes on training, and scores one run in processes of their own; their output goes beside the model."""
+    folder = ROOT / "runs" / "controls" / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    options = [f"--trainer.out={folder}", f"--trainer.steps={run.steps()}", f"--trainer.seed={run.seed}"]
+    with open(folder / "output.txt", "a") as output:
+        call = partial(subprocess.run, cwd=ROOT, env=environment, stdout=output, stderr=output, check=True)
+        if not finished(folder, run.steps()):
+            call([sys.executable, "train.py", run.recipe, *options, "--trainer.progress=false"])
+        call([sys.executable, "eval.py", str(folder), "--rounds=1"])
+    from moe_mtl.hub import replace_file
+
+    record = summary(run, folder)
+    replace_file(run.result, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    print(f"{run.name}: done", flush=True)
+
+
+def finished(folder: Path, steps: int) -> bool:
+    """Whether a training of that many steps came to its end there."""
+    return (folder / "checkpoints" / f"step_{steps}").is_dir() and (folder / "model.safetensors").is_file()
+
+
+def summary(run: Run, folder: Path) -> dict[str, Any]:
+    """What the table needs of eval.py's results and the training log."""
+    results = json.loads((folder / "results.json").read_text())
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = results["cost"]["1"]
+    alone = [row["flops"] for row in rows if row["run"] == "one task"]
+    return {
+        "recipe": run.recipe,
+        "budget": run.budget,
+        "seed": run.seed,
+        "steps": run.steps(),
+        "batch_size": results["recipe"]["trainer"]["batch_size"],
+        "training_seconds": [record["seconds"] for record in log if "seconds" in record][-1],
+        "parameters": results["model"]["parameters"],
+        "flops_all": rows[0]["flops"],
+        "flops_one": statistics.mean(alone),
+        "data": results["data"],
+        "tasks": results["tasks"],
+        "metrics": results["metrics"],
+        "metric_info": results["metric_info"],
+        "routing": results.get("routing", {}),
+        "versions": results["versions"],
+        "date": results["date"],
+    }
+
+
+# ---- seconds per update ---------------------------------------------------------------------------------------------
+
+
+def measure_cost(rounds: int) -> None:
+    """Times one update of every recipe on the same batch, interleaved, and writes the medians."""
+    import torch
+    from accelerate.utils import set_seed
+
+    from moe_mtl.cost import latency
+    from moe_mtl.data import collate
+    from moe_mtl.hub import replace_file
+    from moe_mtl.memory import keep_freed_memory
+    from moe_mtl.registry import create_model
+
+    keep_freed_memory()
+    set_seed(0)
+    data, size = get_recipe(REFERENCE).data, get_recipe(REFERENCE).trainer.batch_size
+    tasks = data.tasks()
+    batch = collate(data.split("train").__getitems__(list(range(size))), tasks=tasks)
+
+    def update_of(recipe: str) -> Callable[[], None]:
+        config = get_recipe(recipe).model
+        model = create_model(config.name, tasks=tasks, **config.args).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+        def update() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            predictions = model(batch["image"])
+            torch.stack(
+                [task.compute_loss(predictions[task.name], batch[task.name]) for task in tasks]
+            ).sum().backward()
+            optimizer.step()
+
+        return update
+
+    seconds = latency({recipe: update_of(recipe) for recipe in RECIPES}, rounds, warmup=2)
+    threads = torch.get_num_threads()
+    record = {"batch_size": size, "rounds": rounds, "threads": threads, "seconds": seconds}
+    RESULTS.mkdir(exist_ok=True)
+    replace_file(COST, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    print(json.dumps(record, indent=1))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs="?", choices=("run", "cost", "table"), default="run")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds 0, 1, ... of every run")
+    parser.add_argument("--workers", type=int, default=1, help="runs side by side")
+    parser.add_argument("--rounds", type=int, default=15, help="timed updates per recipe (cost)")
+    given = parser.parse_args(argv)
+    if given.command == "cost":
+        measure_cost(given.rounds)
+        return
+    if given.command == "run":
+        work_off(given.seeds, given.workers)
+    from controls_table import write_tables
+
+    write_tables(RESULTS, ROOT / "docs")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,246 @@
+"""docs/controls.md and docs/controls.png out of what the runs of benchmarks/controls.py left; no number is typed."""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from moe_mtl.hub import replace_file
+from moe_mtl.recipes import get_recipe
+from moe_mtl.scoring import multi_task_gain
+from moe_mtl.tasks import Task
+
+Record = Mapping[str, Any]
+Key = tuple[str, str]  # recipe and budget
+
+REFERENCE, SINGLE, SHARED = "m3vit_micro_procroom", "single_task_micro_procroom", "shared_bottom_micro_procroom"
+LABELS = {
+    REFERENCE: "m3vit_micro: experts in blocks 2, 4, 6",
+    "m3vit_micro_last_procroom": "m3vit_micro: experts in the last block",
+    "m3vit_micro_decoder_procroom": "m3vit_micro: experts in a decoder block",
+    "m3vit_micro_blind_procroom": "task-blind router",
+    "m3vit_micro_frozen_procroom": "random routers, never trained",
+    "m3vit_micro_assigned_procroom": "experts assigned by hand (oracle)",
+    SHARED: "shared bottom, same width",
+    "shared_bottom_micro_wide_procroom": "shared bottom, same total parameters",
+    SINGLE: "single-task models, same width",
+}
+BUDGETS = {"steps": "updates", "time": "training time"}
+
+
+def read(folder: Path) -> dict[Key, list[Record]]:
+    """The records of all runs by recipe and budget, seeds ascending."""
+    found: dict[Key, list[Record]] = defaultdict(list)
+    for path in sorted(folder.glob("*.s*.json")):
+        record = json.loads(path.read_text())
+        found[record["recipe"], record["budget"]].append(record)
+    order = list(LABELS)
+    return dict(sorted(found.items(), key=lambda item: (item[0][1], order.index(item[0][0]))))
+
+
+def mean_metrics(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """{task: {metric: mean over seeds}}."""
+    first = records[0]["metrics"]
+    return {
+        task: {metric: statistics.mean(record["metrics"][task][metric] for record in records) for metric in row}
+        for task, row in first.items()
+    }
+
+
+def gains(records: Sequence[Record], baseline: Sequence[Record]) -> list[dict[str, Any]]:
+    """`multi_task_gain` of every seed against the baseline's mean over seeds."""
+    tasks, base = [Task.from_dict(task) for task in records[0]["tasks"]], mean_metrics(baseline)
+    return [multi_task_gain(record["metrics"], base, tasks) for record in records]
+
+
+def spread(values: Sequence[float], digits: int, sign: bool = False) -> str:
+    """Mean and, from two seeds on, its standard error."""
+    mean = f"{statistics.mean(values):{'+' if sign else ''}.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, the first column left, the others right."""
+    lines = [f"| {' | '.join(columns)} |", f"|---{'|---:' * (len(columns) - 1)}|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+# ---- the parts of the page ------------------------------------------------------------------------------------------
+
+
+def quality(runs: Mapping[Key, Sequence[Record]], seconds: Mapping[str, float]) -> str:
+    """Gain over the baselines beside what training and running cost, one part per budget."""
+    single, parts = runs[SINGLE, "steps"], []
+    for budget, what in BUDGETS.items():
+        rows = []
+        for (recipe, own), records in runs.items():
+            if own != budget:
+                continue
+            one, over_single = records[0], gains(records, single)
+            over_shared = gains(records, runs[SHARED, budget]) if (SHARED, budget) in runs else None
+            images, time = one["data"]["samples"], one["steps"] * seconds[recipe]
+            assert images == single[0]["data"]["samples"]
+            rows.append([
+                LABELS[recipe],
+                str(one["steps"]),
+                f"{time / (runs[REFERENCE, 'steps'][0]['steps'] * seconds[REFERENCE]):.2f}",
+                f"{one['parameters'] / 1e6:.2f}",
+                f"{one['flops_all'] / 1e6:.0f}",
+                f"{one['flops_one'] / 1e6:.0f}",
+                spread([gain["delta_task"] for gain in over_single], 1, sign=True),
+                spread([gain["tasks_worse"] for gain in over_single], 0),
+                spread([gain["delta_task"] for gain in over_shared], 1, sign=True) if over_shared else "",
+                str(len(records)),
+            ])  # fmt: skip
+        if rows:
+            columns = ["model", "updates", "training time", "M parameters", "MFLOPs, all tasks", "one task"]
+            columns += ["delta_task over single-task, %", "tasks worse", "over shared bottom, %", "seeds"]
+            parts.append(f"### Equal {what}\n\n{table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def headline(runs: Mapping[Key, Sequence[Record]]) -> str:
+    """The first metric of every task."""
+    first = next(iter(runs.values()))[0]
+    names = [(task["name"], next(iter(first["metrics"][task["name"]]))) for task in first["tasks"]]
+    columns = ["model", "equal"]
+    for task, metric in names:
+        info = first["metric_info"][task][metric]
+        columns.append(f"{task} {metric} {'↑' if info['higher_is_better'] else '↓'}")
+    rows = []
+    for (recipe, budget), records in runs.items():
+        values = [spread([record["metrics"][task][metric] for record in records], 3) for task, metric in names]
+        rows.append([LABELS[recipe], BUDGETS[budget], *values])
+    return table(columns, rows)
+
+
+def per_task(runs: Mapping[Key, Sequence[Record]]) -> str:
+    """What each task gains or loses against its single-task model."""
+    names = [task["name"] for task in runs[SINGLE, "steps"][0]["tasks"]]
+    rows = []
+    for (recipe, budget), records in runs.items():
+        if (recipe, budget) != (SINGLE, "steps"):
+            found = gains(records, runs[SINGLE, "steps"])
+            values = [spread([gain["per_task"][name] for gain in found], 1, sign=True) for name in names]
+            rows.append([LABELS[recipe], BUDGETS[budget], *values])
+    return table(["model", "equal", *names], rows)
+
+
+def oracle(runs: Mapping[Key, Sequence[Record]]) -> str:
+    """How much of the gap between single-task models and the shared bottom each kind of routing recovers."""
+    shared = runs[SHARED, "steps"]
+
+    def over(recipe: str) -> float:
+        return statistics.mean(gain["delta_task"] for gain in gains(runs[recipe, "steps"], shared))
+
+    gap, rows = over(SINGLE), []
+    for recipe in LABELS:
+        if (recipe, "steps") in runs and recipe != SHARED:
+            share = f"{100 * over(recipe) / gap:.0f} %" if gap > 0 and recipe != SINGLE else ""
+            rows.append([LABELS[recipe], f"{over(recipe):+.1f}", share])
+    return table(["model, equal updates", "delta_task over shared bottom, %", "of the single-task gap"], rows)
+
+
+def routing(runs: Mapping[Key, Sequence[Record]]) -> str:
+    """Mutual information of task and expert, load and dead experts per layer."""
+    rows = []
+    for (recipe, budget), records in runs.items():
+        for layer in records[0]["routing"]:
+            own = [record["routing"][layer] for record in records]
+            rows.append([
+                LABELS[recipe],
+                BUDGETS[budget],
+                layer,
+                spread([entry["mutual_information"] for entry in own], 3),
+                spread([entry["load_entropy"] for entry in own], 3),
+                spread([len(entry["dead_experts"]) for entry in own], 0),
+            ])  # fmt: skip
+    return table(["model", "equal", "layer", "I(task; expert), nats", "load entropy", "dead experts"], rows)
+
+
+def front(runs: Mapping[Key, Sequence[Record]]) -> Figure:
+    """Gain over single-task models against the cost of all tasks, and of one."""
+    figure = Figure(figsize=(9.0, 4.2), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    panels: list[tuple[str, Callable[[Record], float]]] = [
+        ("all tasks in one pass, MFLOPs per image", lambda record: record["flops_all"] / 1e6),
+        ("one task alone, MFLOPs per image", lambda record: record["flops_one"] / 1e6),
+    ]
+    axes = figure.subplots(1, 2, sharey=True)
+    colours = {recipe: f"C{i}" for i, recipe in enumerate(LABELS)}
+    for panel, (title, cost) in zip(axes, panels, strict=True):
+        for (recipe, budget), records in runs.items():
+            values = [gain["delta_task"] for gain in gains(records, runs[SINGLE, "steps"])]
+            filled = colours[recipe] if budget == "steps" else "none"
+            marker = {"marker": "o", "s": 60, "facecolors": filled, "edgecolors": colours[recipe], "linewidths": 1.6}
+            label = LABELS[recipe] if budget == "steps" and panel is axes[0] else None
+            panel.scatter([cost(records[0])], [statistics.mean(values)], label=label, **marker)
+        panel.set_xlabel(title)
+        panel.set_xscale("log")
+        panel.grid(alpha=0.3, which="both")
+        panel.axhline(0, color="grey", linewidth=0.8)
+    axes[0].set_ylabel("delta_task over single-task models, %")
+    figure.suptitle("filled: equal updates; open: equal training time", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def page(runs: Mapping[Key, Sequence[Record]], cost: Record) -> str:
+    """docs/controls.md."""
+    reference, trainer = runs[REFERENCE, "steps"][0], get_recipe(REFERENCE).trainer
+    data, versions, size = reference["data"], reference["versions"], reference["data"]["spec"]["size"]
+    return f"""# m3vit_micro and its controls on ProcRoom
+
+Written by `python benchmarks/controls.py table` from the files in `benchmarks/controls/`; `make runs` makes those.
+
+{reference["steps"]} updates of {reference["batch_size"]} generated images of {size}x{size} pixels with all
+{len(reference["tasks"])} tasks in each, AdamW, peak learning rate {trainer.lr:g}: the same recipe for every model.
+Scored on {data["samples"]} images of the split "{data["split"]}", on which nothing was chosen. delta_task is the mean
+over tasks of the mean relative gain of a task's metrics, in percent; higher is better. Training time is updates times
+seconds per update, measured side by side without data loading on {cost["threads"]} thread(s), as a multiple of that of
+m3vit_micro. Made with moe_mtl {versions["moe_mtl"]}, torch {versions["torch"]}.
+
+## Quality and cost
+
+{quality(runs, cost["seconds"])}
+
+![quality against cost](controls.png)
+
+## What each task gains over its single-task model, %
+
+{per_task(runs)}
+
+## Metrics
+
+{headline(runs)}
+
+## Does routing by task recover what sharing loses?
+
+{oracle(runs)}
+
+## Routing
+
+{routing(runs)}
+"""
+
+
+def write_tables(results: Path, docs: Path) -> None:
+    """Writes both files, or says what is still missing."""
+    runs = read(results)
+    lacking = [recipe for recipe in (REFERENCE, SINGLE, SHARED) if (recipe, "steps") not in runs]
+    if lacking:
+        print(f"no table yet: {', '.join(lacking)} at equal updates must be there")
+        return
+    cost = json.loads((results / "seconds_per_update.json").read_text())
+    text, figure = page(runs, cost), front(runs)
+    docs.mkdir(exist_ok=True)
+    replace_file(docs / "controls.md", lambda path: path.write_text(text))
+    replace_file(docs / "controls.png", lambda path: figure.savefig(path, format="png", dpi=110))
+    print(f"table: {docs / 'controls.md'}")
