@@ -2,26 +2,32 @@
 
     python eval.py runs/demo
     python eval.py runs/demo --split=val --limit=500 --tasks=depth,normals
-    python eval.py runs/nyu --data.root=data/nyuv2 --report=report.html --baseline=runs/single/results.json
+    python eval.py m3vit_micro.procroom --report=report.html
+    python eval.py runs/mine --baseline=runs/single/results.json --baseline=runs/shared/results.json
+    python eval.py runs/nyu --data.root=data/nyuv2
     python eval.py runs/demo --help
 
-The JSON (--out, by default results.json in the model folder) holds
+The JSON (--out, by default results.json in the model folder; results/NAME.json for a pretrained model) holds
 
-    model          name, folder, options, parameters, number of expert layers
+    label          --label, or the pretrained model's, the recipe's or the architecture's name
+    model          name, args, folder, parameters
+    weights        file, bytes, sha256, dtype in the file; scores are in float32 whatever that is
     data           name, spec, split, samples
     tasks          as `Task.to_dict` writes them
     metrics        {task: {metric: value}}; null where the split has no label
     metric_info    {task: {metric: {unit, higher_is_better}}}
+    baselines      [{label, model, parameters, data, metrics, gain}] of each --baseline, in their order; gain is
+                   `moe_mtl.scoring.multi_task_gain` against it
     cost           {batch size: rows of `moe_mtl.cost.Cost`}
+    dense          name, args, parameters of the untrained model in the "dense" rows of cost; null without one
     agreement      {task: {alone, extracted}}: largest difference from the full pass over the largest value predicted
-    usage          {layer: {tasks, slots, mass}}: shares of the experts, see `moe_mtl.viz.LayerUsage`
-    baseline, gain what --baseline named, and `moe_mtl.scoring.multi_task_gain` against it
+    usage          {layer: {tasks, slots, mass, entropy}}, see `moe_mtl.diagnostics.LayerUsage`
+    routing        {layer: what `moe_mtl.diagnostics.diagnose` returns}
     recipe, seed, training, versions, date
 """
 
 import argparse
 import json
-import math
 import os
 import platform
 import sys
@@ -37,7 +43,7 @@ import jsonargparse
 from moe_mtl.recipes import get_recipe
 from moe_mtl.tasks import Task, nearest
 
-RUN = "run.json"  # what train.py leaves beside the model
+RUN, WEIGHTS = "run.json", "model.safetensors"  # what train.py leaves
 COST_BATCHES = (1, 32)
 SHOWN = 4  # samples in the pictures
 
@@ -48,31 +54,40 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: the folder, a task, an option or the data is not what it should be.
     """
-    folder, options = model_folder(argv)
+    folder, pretrained, options = find_model(argv)
     run = read_run(folder)
     given = parse(folder, run, options)
 
     import torch  # slow to import, as what follows; a mistyped option need not wait for it
 
-    from moe_mtl.cost import agreement, cost_table, count_parameters
-    from moe_mtl.hub import load, replace_file
+    from moe_mtl.cost import agreement, cost_table, count_parameters, dense_of_equal_size
+    from moe_mtl.hub import load
     from moe_mtl.multitask import task_ids
+    from moe_mtl.results import compare, describe_routing, describe_weights, finite, read_baseline, show, write
     from moe_mtl.sparse import extract
 
     device = torch.device("cuda" if torch.cuda.is_available() and given.device == "auto" else "cpu")
     model: Any = load(folder).to(device)
     names = given.tasks.split(",") if given.tasks else [task.name for task in model.tasks]
     tasks = [model.tasks[i] for i in task_ids(model.tasks, names)]
-    baseline = read_baseline(given.baseline, tasks) if given.baseline else None
+    baselines = [read_baseline(path, tasks) for path in given.baseline or ()]
 
     scored = score(model, given.data.split(given.split), tasks, given.batch_size, given.limit)
     shown, images, usage = scored.pop("shown"), scored.pop("images"), scored.pop("usage")
-    extracted = {task.name: extract(model, [task.name]) for task in tasks}
-    # the other tasks are part of "all tasks" whatever --tasks says
-    repeated = {n: images[torch.arange(n) % len(images)] for n in COST_BATCHES}
-    cost = {n: [asdict(row) for row in cost_table(model, x, extracted, given.rounds)] for n, x in repeated.items()}
+    dense = dense_of_equal_size(model) if given.dense == "auto" else None
+    extracted, dense_extracted = (
+        {name: extract(whole, [name]) for name in names} if whole is not None else {} for whole in (model, dense)
+    )
+    cost = {}  # the other tasks are part of "all tasks" whatever --tasks says
+    for batch in COST_BATCHES:
+        x = images[torch.arange(batch) % len(images)]
+        cost[str(batch)] = [
+            asdict(row) for row in cost_table(model, x, extracted, given.rounds, dense, dense_extracted)
+        ]
     results: dict[str, Any] = {
+        "label": given.label or pretrained or run.get("recipe") or model.config["name"],
         "model": {**model.config, "folder": str(folder), "parameters": count_parameters(model)},
+        "weights": describe_weights(folder / WEIGHTS),
         "data": {
             "name": type(given.data).__name__,
             "spec": asdict(given.data),
@@ -81,32 +96,22 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         },
         "tasks": [task.to_dict() for task in tasks],
         **scored,
-        "usage": {
-            layer: {"tasks": names, "slots": shares.slots.tolist(), "mass": shares.mass.tolist()}
-            for layer, shares in usage.items()
-        },
-        "cost": {str(batch): rows for batch, rows in cost.items()},
+        "baselines": [],
+        "cost": cost,
+        "dense": None if dense is None else {**dense.config, "parameters": count_parameters(dense)},
         "agreement": agreement(model, extracted, images[: max(COST_BATCHES)]),
+        **describe_routing(usage, names),
         "recipe": run or None,
         "seed": run.get("trainer", {}).get("seed"),
         "training": describe_training(folder, run),
         "versions": versions(device),
         "date": given.date or datetime.now(UTC).date().isoformat(),
     }
-    out = Path(given.out or folder / "results.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-
-    def write() -> None:
-        text = json.dumps(finite(results), indent=1, allow_nan=False) + "\n"
-        replace_file(out, lambda path: path.write_text(text))
-
-    write()  # before the comparison, which a metric without a value refuses
-    if baseline:
-        from moe_mtl.scoring import multi_task_gain
-
-        same_data(results["data"], baseline["data"])
-        results |= {"baseline": baseline, "gain": multi_task_gain(results["metrics"], baseline["metrics"], tasks)}
-        write()
+    out = Path(given.out or (f"results/{pretrained}.json" if pretrained else folder / "results.json"))
+    write(out, results)  # before the comparison, which a metric without a value refuses
+    if baselines:
+        results["baselines"] = compare(results, baselines, tasks)
+        write(out, results)
     results = finite(results)
     show(results)
     print(f"numbers: {out}")
@@ -120,21 +125,27 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 # ---- what was asked for ---------------------------------------------------------------------------------------------
 
 
-def model_folder(argv: Sequence[str]) -> tuple[Path, list[str]]:
-    """The folder a command line names first, and the options that follow."""
+def find_model(argv: Sequence[str]) -> tuple[Path, str | None, list[str]]:
+    """The model folder a command line names first, its name where it is a pretrained one, and the options that follow.
+
+    The file of a pretrained model that is asked for by name must be the published one.
+    """
     if argv and argv[0] in ("-h", "--help"):
         print(__doc__)
         raise SystemExit(0)
     if not argv or argv[0].startswith("-"):
         raise ValueError(
-            "name a model folder first: python eval.py FOLDER [options], as train.py or moe_mtl.save wrote it"
+            "name a model first: python eval.py FOLDER_OR_NAME [options]; a folder as train.py or moe_mtl.save wrote "
+            "it, or a pretrained model"
         )
-    folder = Path(argv[0])
-    missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
-    if missing:
-        what = f"holds no {' and no '.join(missing)}" if folder.is_dir() else "is not a folder"
-        raise FileNotFoundError(f"{folder} {what}; expected a folder written by train.py or moe_mtl.save")
-    return folder, list(argv[1:])
+    folder, pretrained = Path(argv[0]), None
+    if not all((folder / name).is_file() for name in ("config.json", WEIGHTS)):
+        from moe_mtl.hub import check_sha256, find  # slow to import; a folder does without
+
+        folder = find(argv[0])
+        check_sha256(folder)
+        pretrained = folder.name
+    return folder, pretrained, list(argv[1:])
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -162,7 +173,7 @@ def parse(folder: Path, run: Mapping[str, Any], options: Sequence[str]) -> Any:
             data = type(data)(**run.get("data", {}))
         except TypeError as error:
             raise ValueError(f"{folder / RUN} does not describe {type(data).__name__} data ({error})") from error
-    parser = jsonargparse.ArgumentParser(prog="eval.py FOLDER", exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(prog="eval.py MODEL", exit_on_error=False)
     add = parser.add_argument
     add("--recipe", default=recipe, help="whose data to score on")
     add("--data", type=type(data), default=data)
@@ -170,9 +181,11 @@ def parse(folder: Path, run: Mapping[str, Any], options: Sequence[str]) -> Any:
     add("--limit", type=int | None, default=None, help="score only the first samples")
     add("--batch_size", type=int, default=64, help="samples per pass when scoring")
     add("--tasks", type=str | None, default=None, help="comma-separated names; all by default")
-    add("--out", type=str | None, default=None, help="the JSON; results.json in the model folder by default")
+    add("--out", type=str | None, default=None, help="the JSON")
+    add("--label", type=str | None, default=None, help="what to call the model where it is a baseline of others")
     add("--report", type=str | None, default=None, help="an HTML page to write")
-    add("--baseline", type=str | None, default=None, help="JSON of another eval.py, usually of single-task models")
+    add("--baseline", action="append", help="JSON of another eval.py, such as of single-task models; may be repeated")
+    add("--dense", choices=("auto", "none"), default="auto", help="auto: time a dense model of as many parameters too")
     add("--rounds", type=int, default=5, help="timed calls per row of the cost table")
     add("--device", choices=("auto", "cpu"), default="auto", help="auto: the GPU where there is one")
     add("--date", type=str | None, default=None, help="the date to write down; today by default")
@@ -187,29 +200,6 @@ def parse(folder: Path, run: Mapping[str, Any], options: Sequence[str]) -> Any:
         if given[name] is not None and given[name] < 1:
             raise ValueError(f"{name}: got {given[name]}, expected at least 1")
     return given
-
-
-def read_baseline(path: str, tasks: Sequence[Task]) -> dict[str, Any]:
-    """The part of another result that a comparison needs: model, data and the metrics of these tasks."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"baseline: {path} is not a file; expected the JSON an earlier eval.py wrote")
-    try:
-        other = json.loads(Path(path).read_text())
-        metrics = {task.name: other["metrics"][task.name] for task in tasks}
-        model, data = other["model"]["name"], other["data"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"baseline: {path} is not a result of eval.py for these tasks ({error!r})") from error
-    nan_for_null = {t: {m: math.nan if v is None else v for m, v in row.items()} for t, row in metrics.items()}
-    return {"model": model, "data": data, "metrics": nan_for_null}
-
-
-def same_data(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Refuses a baseline that was scored on other samples."""
-    for key in ("name", "split", "samples"):
-        if ours[key] != theirs.get(key):
-            raise ValueError(
-                f"baseline: scored on {key} {theirs.get(key)!r}, this model on {ours[key]!r}; score both alike"
-            )
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -228,9 +218,9 @@ def score(model: Any, dataset: Any, tasks: Sequence[Task], batch_size: int, limi
     from torch.utils.data import DataLoader, Subset
 
     from moe_mtl.data import collate
+    from moe_mtl.diagnostics import ExpertUsage
     from moe_mtl.metrics import metric_info
     from moe_mtl.scoring import TaskMetrics
-    from moe_mtl.viz import ExpertUsage
 
     names, device = [task.name for task in tasks], next(model.parameters()).device
     if limit is not None:
@@ -299,68 +289,6 @@ def versions(device: Any) -> dict[str, str]:
         "python": platform.python_version(),
         "device": f"{machine}, {torch.get_num_threads()} of {os.cpu_count()} threads",
     }
-
-
-# ---- showing --------------------------------------------------------------------------------------------------------
-
-
-def show(results: Mapping[str, Any]) -> None:
-    """Prints the scores, the cost and the agreement."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from moe_mtl.cost import AGREES
-    from moe_mtl.report import format_metric
-
-    console = Console()
-    data, baseline = results["data"], results.get("baseline")
-    table = Table(title=f"{results['model']['name']} on {data['samples']} {data['split']} samples of {data['name']}")
-    for column in ("task", "metric", "value", *(["baseline"] if baseline else []), "better"):
-        table.add_column(column, justify="right" if column in ("value", "baseline") else "left")
-    for task, metrics in results["metrics"].items():
-        for i, (metric, value) in enumerate(metrics.items()):
-            info = results["metric_info"][task][metric]
-            other = [format_metric(baseline["metrics"][task].get(metric), info["unit"])] if baseline else []
-            direction = "higher" if info["higher_is_better"] else "lower"
-            table.add_row(task if i == 0 else "", metric, format_metric(value, info["unit"]), *other, direction)
-        table.add_section()
-    console.print(table)
-
-    batches = sorted(results["cost"], key=int)
-    table = Table(title="cost")
-    for column in ("runs", "task", "MFLOPs", "k parameters", *(f"ms, batch {batch}" for batch in batches)):
-        table.add_column(column, justify="left" if column in ("runs", "task") else "right", no_wrap=column == "runs")
-    for rows in zip(*(results["cost"][batch] for batch in batches), strict=True):
-        first = rows[0]
-        numbers = [first["flops"] / first["batch"] / 1e6, first["parameters"] / 1e3]
-        numbers += [row["seconds"] * 1e3 for row in rows]
-        table.add_row(first["run"], first["task"] or "all", *(f"{number:.1f}" for number in numbers))
-    console.print(table)
-
-    worst, where = max(
-        (value, f"{task}, {how}") for task, row in results["agreement"].items() for how, value in row.items()
-    )
-    verdict = "agree with" if worst <= AGREES else "[red]DIFFER from[/red]"
-    console.print(
-        f"one task alone and extracted {verdict} the full pass: largest relative difference {worst:.1e} ({where})",
-        soft_wrap=True,
-    )
-    if results.get("gain"):
-        gain = results["gain"]
-        console.print(
-            f"against {results['baseline']['model']}: delta_task {gain['delta_task']:+.2f} % (higher is better), "
-            f"delta_metric {gain['delta_metric']:+.2f} % (lower is better), {gain['tasks_worse']} tasks worse",
-            soft_wrap=True,
-        )
-
-
-def finite(value: Any) -> Any:
-    """The same nested data with null for what JSON has no number for."""
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What running a model costs: parameters, FLOPs and latency, for all tasks, one task, and one task extracted.
+"""What running a model costs: parameters, FLOPs and latency, for all tasks, one task, and one task extracted; and what
+a dense model with as many parameters costs.
 
 FLOPs follow `torch.utils.flop_counter`: a multiply-add is 2, and only matrix products, convolutions and
 attention count. They depend on shapes alone, so they are exact and the same on every machine. Latency is a median of
@@ -9,6 +10,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 from time import perf_counter
 from typing import Any, Literal
@@ -17,9 +19,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from moe_mtl.registry import create_model, list_models
+
 AGREES = 1e-3  # float32 sums in another order stay far below it
 
-Run = Literal["all tasks", "one task", "one task extracted"]
+Run = Literal["all tasks", "one task", "one task extracted", "dense, all tasks", "dense, one task extracted"]
 
 
 def _attention_flops(query, key, value, *_args, **_kwargs) -> int:
@@ -42,7 +46,7 @@ class Cost:
         flops: for the whole batch; a multiply-add is 2.
         parameters: held in memory to run it (the full model's, unless extracted).
         seconds: median wall-clock of one call on the batch.
-        relative_flops: `flops` over those of all tasks in one pass; likewise the other two.
+        relative_flops: `flops` over those of the model's own tasks in one pass; likewise the other two.
         relative_parameters: see `relative_flops`.
         relative_seconds: see `relative_flops`.
     """
@@ -135,9 +139,14 @@ def latency(functions: Mapping[str, Callable[[], Any]], rounds: int = 10, warmup
 
 
 def cost_table(
-    model: Any, x: torch.Tensor, extracted: Mapping[str, nn.Module] | None = None, rounds: int = 10
+    model: Any,
+    x: torch.Tensor,
+    extracted: Mapping[str, nn.Module] | None = None,
+    rounds: int = 10,
+    dense: nn.Module | None = None,
+    dense_extracted: Mapping[str, nn.Module] | None = None,
 ) -> list[Cost]:
-    """All tasks in one pass, each task alone in the full model, each task extracted, in this order.
+    """All tasks in one pass, each task alone in the full model, each task extracted; then a dense model likewise.
 
     Args:
         model: has `tasks` and takes `model(x, tasks=[names])`.
@@ -145,19 +154,26 @@ def cost_table(
         extracted: task name to what `moe_mtl.sparse.extract(model, [task])` returned; tasks without one get no third
             row.
         rounds: timed calls per row.
+        dense: a model to compare with, see `dense_of_equal_size`; without one its rows are left out.
+        dense_extracted: as `extracted`, of the dense model.
     """
-    extracted = extracted or {}
+    extracted, dense_extracted = extracted or {}, dense_extracted or {}
     names = [task.name for task in model.tasks]
     runs: list[tuple[Run, str | None, nn.Module, list[str] | None]] = [("all tasks", None, model, None)]
     runs.extend(("one task", name, model, [name]) for name in names)
     runs.extend(("one task extracted", name, extracted[name], None) for name in names if name in extracted)
+    if dense is not None:
+        runs.append(("dense, all tasks", None, dense, None))
+    runs.extend(
+        ("dense, one task extracted", name, dense_extracted[name], None) for name in names if name in dense_extracted
+    )
 
     def call(module: nn.Module, tasks: list[str] | None) -> Callable[[], Any]:
         return lambda: module(x) if tasks is None else module(x, tasks=tasks)
 
     flops = [count_flops(module, x, tasks) for _, _, module, tasks in runs]
     parameters = [count_parameters(module) for _, _, module, _ in runs]
-    with evaluating(nn.ModuleList([model, *extracted.values()])):
+    with evaluating(nn.ModuleList([module for _, _, module, _ in runs])):
         timed = latency({str(i): call(module, tasks) for i, (_, _, module, tasks) in enumerate(runs)}, rounds)
     seconds = [timed[str(i)] for i in range(len(runs))]
     return [
@@ -174,6 +190,55 @@ def cost_table(
         )
         for i, (run, task, _, _) in enumerate(runs)
     ]
+
+
+def dense_of_equal_size(model: Any) -> Any:
+    """An untrained shared-bottom model with about as many parameters in all: what the same memory buys without experts.
+
+    The sibling of `<family>_<size>[_<facts>]` is `shared_bottom_<size>` with the options that both know; its width is
+    the multiple of its attention heads that comes nearest in parameters. Random generators are left as they were.
+
+    Args:
+        model: made by `create_model`.
+
+    Returns:
+        The dense model, on the device of `model`; None where there is none: a model without expert layers, without a
+        name, or of a family whose size has no shared bottom.
+    """
+    config = getattr(model, "config", None)
+    if not config or not getattr(model, "moe_layers", None):
+        return None
+    facts = config["name"].split("_")[1:]
+    names = ["_".join(("shared_bottom", *facts[:count])) for count in range(len(facts), 0, -1)]
+    name = next((name for name in names if name in list_models()), None)
+    if name is None:
+        return None
+
+    def build(**options: Any) -> Any:
+        return create_model(name, tasks=model.tasks, **options)
+
+    @cache
+    def size(step: int) -> int:
+        with torch.device("meta"):
+            return count_parameters(build(**{**shared, "dim": step * heads}))
+
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            known = build().config["args"]
+        if not {"dim", "num_heads"} <= known.keys():
+            return None
+        shared = {option: value for option, value in config["args"].items() if option in known}
+        heads, target = {**known, **shared}["num_heads"], count_parameters(model)
+        above = 1
+        while size(above) < target:
+            above *= 2
+        below = above // 2
+        while above - below > 1:
+            middle = (above + below) // 2
+            above, below = (above, middle) if size(middle) < target else (middle, below)
+        nearest = min((step for step in (below, above) if step), key=lambda step: abs(size(step) - target))
+        dense = build(**{**shared, "dim": nearest * heads})
+    return dense.eval().to(next(model.parameters()).device)
 
 
 def agreement(model: nn.Module, extracted: Mapping[str, nn.Module], x: torch.Tensor) -> dict[str, dict[str, float]]:

@@ -8,9 +8,11 @@ synchronise with the GPU, to learn which tasks occur.
 Paper: Riquelme et al. 2021, https://arxiv.org/abs/2106.05974, appendix A (importance, load); Fan et al. 2022,
     https://arxiv.org/abs/2210.14793 (M3ViT: importance of the selected weights); Zoph et al. 2022,
     https://arxiv.org/abs/2202.08906 (ST-MoE: z-loss); Fedus et al. 2021, https://arxiv.org/abs/2101.03961, eq. 4-6
-    (Switch balance).
+    (Switch balance); Chen et al. 2023, https://arxiv.org/abs/2212.08066 (Mod-Squad: mutual information).
 Differs: CV² is the population variance over (mean² + 1e-10), so one expert gives 0; M3ViT's code uses the unbiased
     variance and, in its load, takes thresholds after softmax for scores before it; here both are noisy logits.
+    Mutual information counts tasks alike where Mod-Squad counts tokens (the same when every task has as many), and
+    looks at one pass; theirs adds up the passes of a step, one per task.
 """
 
 import inspect
@@ -84,11 +86,27 @@ def switch_balance(routing: Routing, *, per_task: bool = False) -> Tensor:
     return _over_tasks(routing, lambda f, p: routing.num_experts * (f * p).sum(dim=-1), share, probs, per_task=per_task)
 
 
+def mutual_information(routing: Routing) -> Tensor:
+    """Minus I(task; expert) in nats: a positive coefficient gives each task experts of its own and uses them all.
+
+    I = 1/T sum_t sum_e p(e|t) ln(p(e|t) / p(e)), with p(e|t) the mean softmax of the clean logits over a task's tokens
+    and p(e) the mean of that over the T tasks in the batch. With one task, or rows that serve every task at once, it is
+    0 with a zero gradient; so it needs at least two tasks per step.
+    """
+    means, present = _means(routing, _clean_probs(routing), per_task=True)
+    share = present / present.sum().clamp(min=1)
+    joint = share.unsqueeze(-1) * means
+    smallest = torch.finfo(means.dtype).tiny  # the logarithm's gradient stays finite where a probability is 0
+    ratio = means.clamp(min=smallest).log() - joint.sum(dim=0).clamp(min=smallest).log()
+    return -(joint * ratio).sum()
+
+
 REGULARIZERS: dict[str, Callable[..., Tensor]] = {
     "importance": importance,
     "load": load,
     "z_loss": z_loss,
     "switch_balance": switch_balance,
+    "mutual_information": mutual_information,
 }
 
 
@@ -171,6 +189,16 @@ def _over_tasks(routing: Routing, value: Callable[..., Tensor], *statistics: Ten
 
     A group is one task, or everything. A group without a valid token is left out of the average.
     """
+    found = [_means(routing, statistic, per_task=per_task) for statistic in statistics]
+    present = found[0][1]
+    return (value(*(means for means, _ in found)) * present).sum() / present.sum().clamp(min=1)
+
+
+def _means(routing: Routing, statistic: Tensor, *, per_task: bool) -> tuple[Tensor, Tensor]:
+    """Means of a statistic [m, c] over the valid tokens of each group, [g, c]; and 1 where it has any, else 0, [g].
+
+    A group is one task, or everything.
+    """
     rows = routing.logits.shape[0]
     valid = routing.logits.new_ones(rows, 1) if routing.valid is None else routing.valid.unsqueeze(-1)
     group, groups = _group_per_row(routing) if per_task else (None, 1)
@@ -181,9 +209,8 @@ def _over_tasks(routing: Routing, value: Callable[..., Tensor], *statistics: Ten
         return rows_of.new_zeros(groups, rows_of.shape[-1]).index_add(0, group, rows_of)
 
     count = add_up(valid.to(routing.logits.dtype))
-    means = [add_up(statistic.where(valid.bool(), 0.0)) / count.clamp(min=1) for statistic in statistics]
-    present = (count.squeeze(-1) > 0).to(count.dtype)
-    return (value(*means) * present).sum() / present.sum().clamp(min=1)
+    means = add_up(statistic.where(valid.bool(), 0.0)) / count.clamp(min=1)
+    return means, (count.squeeze(-1) > 0).to(count.dtype)
 
 
 def _group_per_row(routing: Routing) -> tuple[Tensor | None, int]:

@@ -125,6 +125,7 @@ def multi_task_gain(
         delta_task: percent, mean over tasks of the mean gain of each; higher is better.
         delta_metric: percent, minus the mean gain over all metrics of all tasks; LOWER is better.
         per_task: percent gain of each task.
+        per_metric: percent gain of each metric of each task.
         worst_task, worst_gain: the task with the smallest gain, and that gain.
         tasks_worse: how many tasks lost against the baseline.
         absolute: "task/metric" of each baseline near zero.
@@ -132,7 +133,7 @@ def multi_task_gain(
     Raises:
         ValueError: a task or metric is missing or NaN in results or baseline, or no task has a metric.
     """
-    gains: dict[str, list[float]] = {}
+    gains: dict[str, dict[str, float]] = {}
     absolute: list[str] = []
     for task in check_tasks(tasks):
         for metric in task.metrics:
@@ -141,16 +142,18 @@ def multi_task_gain(
             old = _value("baseline", baseline, task.name, metric)
             if abs(old) <= near_zero:
                 absolute.append(f"{task.name}/{metric}")
-            gains.setdefault(task.name, []).append(100 * sign * (new - old) / (abs(old) if abs(old) > near_zero else 1))
+            gain = 100 * sign * (new - old) / (abs(old) if abs(old) > near_zero else 1)
+            gains.setdefault(task.name, {})[metric] = gain
     if not gains:
         raise ValueError(f"tasks: none of {[task.name for task in tasks]} lists a metric")
-    per_task = {name: sum(values) / len(values) for name, values in gains.items()}
-    flat = [gain for values in gains.values() for gain in values]
+    per_task = {name: sum(values.values()) / len(values) for name, values in gains.items()}
+    flat = [gain for values in gains.values() for gain in values.values()]
     worst = min(per_task, key=per_task.__getitem__)
     return {
         "delta_task": sum(per_task.values()) / len(per_task),
         "delta_metric": -sum(flat) / len(flat),
         "per_task": per_task,
+        "per_metric": gains,
         "worst_task": worst,
         "worst_gain": per_task[worst],
         "tasks_worse": sum(gain < 0 for gain in per_task.values()),

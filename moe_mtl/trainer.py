@@ -34,6 +34,7 @@ from moe_mtl import checkpoint as checkpoints
 from moe_mtl import hub, regularizers
 from moe_mtl.balancing import create_balancer
 from moe_mtl.data import collate
+from moe_mtl.diagnostics import BRIEF, ExpertUsage, diagnose
 from moe_mtl.multitask import SingleTaskSet
 from moe_mtl.run_log import RunLog
 from moe_mtl.scoring import TaskMetrics
@@ -201,7 +202,7 @@ class Trainer:
                 if self.step % config.log_every == 0 or last:
                     log.record(self.step, "train", self._summary())
                 if val is not None and (self.step % config.eval_every == 0 or last):
-                    log.record(self.step, "val", {"metrics": self.evaluate(val)})
+                    log.record(self.step, "val", self.evaluate(val))
                 if self.step % config.save_every == 0 or last:
                     log.flush()  # a checkpoint never knows more than the log
                     if last and hasattr(self.model, "config"):
@@ -265,19 +266,28 @@ class Trainer:
         return losses
 
     @torch.no_grad()
-    def evaluate(self, dataset: Any) -> dict[str, dict[str, float]]:
-        """{task: {metric: value}} on a data set. Leaves all random generators as they were."""
+    def evaluate(self, dataset: Any) -> dict[str, Any]:
+        """Scores a data set. Leaves all random generators as they were.
+
+        Returns:
+            metrics: {task: {metric: value}}.
+            routing: {layer: {mutual_information, load_entropy, dead_experts}}, see `moe_mtl.diagnostics.diagnose`;
+                empty for a dense model.
+        """
         before = checkpoints.random_state()
         if self.config.val_limit is not None:
             dataset = Subset(dataset, range(min(self.config.val_limit, len(dataset))))
-        metrics = TaskMetrics(self.tasks)
+        metrics, usage = TaskMetrics(self.tasks), ExpertUsage(self.tasks)
         self.parallel.eval()
         for batch in self._loader(dataset, batch_size=self.config.batch_size):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                predictions = self.parallel(batch["image"].to(self.device))
+                predictions, routings = self.parallel(batch["image"].to(self.device), return_routing=True)
             metrics.update({name: p.float().cpu() for name, p in predictions.items()}, batch)
+            usage.update(routings)
         checkpoints.set_random_state(before)
-        return metrics.compute()
+        layers = {layer: diagnose(shares) for layer, shares in usage.compute().items()}
+        brief = {layer: {name: found[name] for name in BRIEF} for layer, found in layers.items()}
+        return {"metrics": metrics.compute(), "routing": brief}
 
     def _loader(self, dataset: Any, **how: Any) -> DataLoader:
         # its own generator: else making an iterator would draw from the global one

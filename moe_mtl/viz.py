@@ -6,8 +6,7 @@ backend. Figures are small and portrait, with type that stays legible when a pag
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,13 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 
-from moe_mtl.cost import evaluating
+from moe_mtl.diagnostics import LayerUsage, expert_load
 from moe_mtl.palette import MISSING, categorical_palette
 from moe_mtl.routing import Routing
 from moe_mtl.tasks import Task
 
 _INK = "#1b1b1f"
+_BAR = "#5a5a63"
 _SEQUENTIAL = "viridis"
 _TITLE = {"fontsize": 9, "color": _INK, "pad": 4}
 
@@ -34,88 +34,11 @@ _TITLE = {"fontsize": 9, "color": _INK, "pad": 4}
 # ---- which experts each task uses -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LayerUsage:
-    """How often each task uses each expert of one layer; a task that never passed has a row of NaN.
-
-    Attributes:
-        slots: share of a task's selected slots (token, choice) that fell on each expert, rows sum to 1, [t, e].
-        mass: share of a task's gate weight, in absolute value, on each expert, rows sum to 1, [t, e].
-    """
-
-    slots: Tensor
-    mass: Tensor
-
-
-class ExpertUsage:
-    """Accumulates expert usage per layer and task from the routings of many batches.
-
-    Args:
-        tasks: the model's tasks; their order is that of the ids in the routings.
-    """
-
-    def __init__(self, tasks: Sequence[Task]):
-        self.tasks = tuple(task.name for task in tasks)
-        self._sums: dict[str, Tensor] = {}  # per layer float64 [2, t, e]: slots, mass
-
-    def update(self, routings: Mapping[str, Routing]) -> None:
-        """Adds the routings of one forward pass, padding left out.
-
-        A layer before the tasks part (its routing has no task) counts for every task. The layers of independent models,
-        keyed `task/layer`, count for their task under `layer`.
-        """
-        for key, routing in routings.items():
-            owner, _, layer = key.rpartition("/")
-            slots, mass = self._per_token(routing)
-            if owner in self.tasks:
-                member = torch.tensor([[name == owner] for name in self.tasks]).expand(-1, len(slots))
-            elif routing.task is None:
-                layer, member = key, torch.ones(len(self.tasks), len(slots), dtype=torch.bool)
-            else:
-                layer, ids = key, routing.task_ids().cpu()
-                member = ids == torch.arange(len(self.tasks)).unsqueeze(1)
-            if routing.valid is not None:
-                member = member & routing.valid.cpu()
-            member = member.double()
-            sums = torch.stack([member @ slots, member @ mass])
-            self._sums[layer] = self._sums[layer] + sums if layer in self._sums else sums
-
-    @staticmethod
-    def _per_token(routing: Routing) -> tuple[Tensor, Tensor]:
-        """Selected slots and gate mass of every token, float64 [m, e] each, on the CPU."""
-        weights = routing.dense_weights().detach().double().cpu().abs()
-        if routing.indices is None:
-            return (weights > 0).double(), weights
-        indices = routing.indices.cpu()
-        ones = torch.ones(indices.shape, dtype=torch.float64)
-        return torch.zeros_like(weights).scatter_add(-1, indices, ones), weights
-
-    def compute(self, tasks: Sequence[str] | None = None) -> dict[str, LayerUsage]:
-        """Shares per layer, in the order the layers were first seen; rows of all tasks, or of these, in their order."""
-        rows_of = [self.tasks.index(name) for name in tasks or self.tasks]
-        return {
-            layer: LayerUsage(*(rows[rows_of] / rows[rows_of].sum(-1, keepdim=True) for rows in sums))
-            for layer, sums in self._sums.items()
-        }
-
-
-def expert_usage(model: Any, batches: Iterable[Tensor], tasks: Sequence[str] | None = None) -> dict[str, LayerUsage]:
-    """Which experts each task of a model uses, {layer: shares [t, e]}.
-
-    Args:
-        model: has `tasks` and returns its routings.
-        batches: inputs [b ...], moved nowhere: pass them on the model's device.
-        tasks: run only these; the other rows are NaN.
-    """
-    usage = ExpertUsage(model.tasks)
-    with evaluating(model):
-        for x in batches:
-            usage.update(model(x, tasks=tasks, return_routing=True)[1])
-    return usage.compute()
-
-
 def usage_figures(usage: Mapping[str, LayerUsage], tasks: Sequence[str]) -> dict[str, Figure]:
     """One heat map per layer, tasks by experts, of the share of selected slots; all on one colour scale.
+
+    Bars above it show the load of each expert, the mean over tasks, beside a line for even use; an expert that no task
+    chose has no bar.
 
     Args:
         usage: as `ExpertUsage.compute` returns it.
@@ -126,10 +49,15 @@ def usage_figures(usage: Mapping[str, LayerUsage], tasks: Sequence[str]) -> dict
     figures = {}
     for name, layer in usage.items():
         rows, columns = layer.slots.shape
-        figure = _figure(4.6, 0.95 + 0.26 * rows)
-        axes = figure.add_subplot()
+        figure = _figure(4.6, 1.55 + 0.26 * rows)
+        bars, axes = figure.subplots(2, 1, sharex=True, height_ratios=[2, rows])
+        bars.bar(range(columns), expert_load(layer.slots).nan_to_num().tolist(), color=_BAR, width=0.8)
+        bars.axhline(1.0 / columns, color=_INK, linewidth=0.8, linestyle="--")
+        bars.set_title(name, **_TITLE)
+        bars.set_ylabel("load", fontsize=9, rotation=0, ha="right", va="center")
+        bars.yaxis.set_major_formatter(_percent)
+        bars.tick_params(labelsize=8, labelbottom=False)
         image = axes.imshow(np.ma.masked_invalid(layer.slots.numpy()), cmap=cmap, vmin=0.0, vmax=highest, aspect="auto")
-        axes.set_title(name, **_TITLE)
         axes.set_yticks(range(rows), tasks, fontsize=9)
         step = max(1, math.ceil(columns / 16))
         axes.set_xticks(range(0, columns, step), [str(e) for e in range(0, columns, step)], fontsize=8)
@@ -137,15 +65,20 @@ def usage_figures(usage: Mapping[str, LayerUsage], tasks: Sequence[str]) -> dict
         axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=1.0)
-        axes.tick_params(which="both", length=0)
-        for side in axes.spines.values():
+        for part in (axes, bars):
+            part.tick_params(which="both", length=0)
+        for side in (*axes.spines.values(), *bars.spines.values()):
             side.set_visible(False)
-        bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=12, format=lambda value, _: f"{value:.0%}")
-        bar.ax.tick_params(labelsize=8)
-        bar.ax.axhline(1.0 / columns, color="white", linewidth=1.5)  # where every expert would be under even use
-        bar.outline.set_visible(False)
+        scale = figure.colorbar(image, ax=axes, pad=0.02, aspect=12, format=_percent)
+        scale.ax.tick_params(labelsize=8)
+        scale.ax.axhline(1.0 / columns, color="white", linewidth=1.5)  # where every expert would be under even use
+        scale.outline.set_visible(False)
         figures[name] = figure
     return figures
+
+
+def _percent(value: float, _: object = None) -> str:
+    return f"{value:.0%}"
 
 
 # ---- which expert each patch uses -----------------------------------------------------------------------------------

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from moe_mtl.cost import cost_table, count_flops, count_parameters, evaluating, latency
+from moe_mtl.backbones import moefy
+from moe_mtl.backbones.timm_vit import build_vit
+from moe_mtl.cost import cost_table, count_flops, count_parameters, dense_of_equal_size, evaluating, latency
+from moe_mtl.registry import create_model
 from moe_mtl.tasks import Task
 
 
@@ -106,3 +109,55 @@ def test_cost_table_rows():
 def test_cost_table_without_extracted_models_has_two_kinds_of_rows():
     rows = cost_table(Toy(TASKS), torch.randn(2, 5), rounds=1)
     assert [row.run for row in rows] == ["all tasks", "one task", "one task"]
+
+
+def test_cost_table_compares_with_a_dense_model():
+    model, dense, x = Toy(TASKS), Toy(TASKS), torch.randn(4, 5)
+    dense.shared = nn.Linear(5, 7, bias=False)
+    alone = {"b": Toy(TASKS[1:])}
+    rows = cost_table(model, x, rounds=1, dense=dense, dense_extracted=alone)
+    assert [(row.run, row.task) for row in rows[3:]] == [("dense, all tasks", None), ("dense, one task extracted", "b")]
+    assert [row.parameters for row in rows[3:]] == [154 - 7, 42 + 88]
+    assert [row.flops for row in rows[3:]] == [1064, 896]
+    assert math.isclose(rows[4].relative_flops, 896 / 1064)  # of the model's own tasks
+
+
+IMAGE_TASKS = (Task.depth(), Task.classification("scene", 5))
+SIZES = {"image_size": 32, "dim": 24, "depth": 2, "num_heads": 6, "head_width": 4, "drop_path": 0.1}
+
+
+@pytest.mark.parametrize("experts", [2, 16])
+def test_the_dense_model_of_equal_size_comes_nearest(experts):
+    model = create_model("m3vit_micro", tasks=IMAGE_TASKS, **SIZES, experts=experts, k=1)
+    dense = dense_of_equal_size(model)
+    assert not dense.moe_layers and dense.tasks == model.tasks and not dense.training
+    assert dense.config["name"] == "shared_bottom_micro"
+    kept = {option: value for option, value in dense.config["args"].items() if option in SIZES and option != "dim"}
+    assert kept == {option: value for option, value in SIZES.items() if option != "dim"}
+    target, dim = count_parameters(model), dense.config["args"]["dim"]
+
+    def off(dim):
+        other = create_model("shared_bottom_micro", tasks=IMAGE_TASKS, **{**SIZES, "dim": dim})
+        return abs(count_parameters(other) - target)
+
+    assert dim == min(range(6, 200, 6), key=off)
+    assert (dim > 24) == (experts == 16)
+
+
+def test_the_dense_model_draws_nothing_from_the_generators():
+    model = create_model("m3vit_micro", tasks=IMAGE_TASKS, **SIZES)
+    before = torch.random.get_rng_state()
+    dense_of_equal_size(model)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_models_without_a_dense_sibling():
+    vit = build_vit(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=6)
+    assert dense_of_equal_size(moefy(vit, IMAGE_TASKS, experts=2, k=1)) is None  # has no name
+    assert dense_of_equal_size(create_model("shared_bottom_micro", tasks=IMAGE_TASKS, **SIZES)) is None
+    assert dense_of_equal_size(create_model("single_task_micro", tasks=IMAGE_TASKS, **SIZES)) is None
+    model = create_model("m3vit_micro", tasks=IMAGE_TASKS, **SIZES)
+    model.config["name"] = "m3vit_micro_of_late"  # facts behind the size name no other sibling
+    assert dense_of_equal_size(model).config["name"] == "shared_bottom_micro"
+    model.config["name"] = "other_size"
+    assert dense_of_equal_size(model) is None

@@ -1,5 +1,6 @@
 """eval.py end to end on a small model, what it refuses, and the report page it writes."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -7,16 +8,19 @@ import re
 import runpy
 import sys
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 
-from moe_mtl import recipes
+from moe_mtl import hub, recipes
 from moe_mtl.data import ProcRoom, collate
+from moe_mtl.diagnostics import expert_usage, mutual_information
 from moe_mtl.hub import load, save
 from moe_mtl.registry import create_model
-from moe_mtl.report import Pictures, format_metric, write_report
+from moe_mtl.report import Pictures, write_report
+from moe_mtl.results import compare, format_metric
 from moe_mtl.scoring import TaskMetrics
 from moe_mtl.tasks import Task
 
@@ -64,7 +68,7 @@ def whole(script, folder):
 
 
 def run(script, folder, *options):
-    return script.main([str(folder), "--rounds=1", *options])
+    return script.main([str(folder), "--rounds=1", "--dense=none", *options])
 
 
 def test_scores_are_those_of_one_pass_over_everything(whole, folder):
@@ -87,7 +91,8 @@ def test_the_json_says_what_was_measured(whole):
     assert results["date"] == "2030-01-02" and results["seed"] == 0
     assert results["data"]["samples"] == 6 and results["data"]["split"] == "test"
     assert results["data"]["spec"]["size"] == 32 and results["data"]["name"] == "ProcRoom"
-    assert results["recipe"]["recipe"] == "tiny" and results["versions"]["torch"] == torch.__version__
+    assert results["recipe"]["recipe"] == results["label"] == "tiny"
+    assert results["versions"]["torch"] == torch.__version__
     assert results["metric_info"]["depth"]["rmse"] == {"unit": "m", "higher_is_better": False}
     assert results["metric_info"]["semseg"]["miou"] == {"unit": "share", "higher_is_better": True}
     assert [Task.from_dict(task) for task in results["tasks"]] == list(DATA.tasks())
@@ -103,14 +108,35 @@ def test_one_task_agrees_and_costs_less(whole):
     assert list(results["cost"]) == ["1", "2"]
     for rows in results["cost"].values():
         runs = {(row["run"], row["task"]): row for row in rows}
-        assert len(runs) == 1 + 2 * len(names)
+        assert len(runs) == (1 + 2 * len(names)) + (1 + len(names))
         everything = runs["all tasks", None]
         for name in names:
             alone, extracted = runs["one task", name], runs["one task extracted", name]
-            assert 0 < extracted["flops"] <= alone["flops"] < everything["flops"] / 2
+            assert 0 < extracted["flops"] <= alone["flops"] < 0.6 * everything["flops"]
             assert extracted["parameters"] < alone["parameters"] == everything["parameters"]
+            dense = runs["dense, one task extracted", name]
+            assert 0 < dense["flops"] < runs["dense, all tasks", None]["flops"]
+            assert dense["parameters"] < runs["dense, all tasks", None]["parameters"] == results["dense"]["parameters"]
     flops = [results["cost"][batch][0]["flops"] for batch in ("1", "2")]
     assert flops[1] == 2 * flops[0]
+
+
+def test_the_weights_are_named_by_their_bytes(whole, folder, script, tmp_path):
+    content = (folder / "model.safetensors").read_bytes()
+    expected = {"file": "model.safetensors", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert whole[0]["weights"] == {**expected, "dtype": "float32"}
+    save(load(folder), tmp_path, dtype=torch.float16)
+    half = run(script, tmp_path, "--recipe=tiny", "--limit=1", "--tasks=scene")
+    assert half["weights"]["dtype"] == "float16" and half["weights"]["bytes"] < 0.6 * len(content)
+
+
+def test_routing_is_that_of_the_samples_scored(whole, folder):
+    samples = DATA.split("test")
+    usage = expert_usage(load(folder), [torch.stack([samples[i]["image"] for i in range(6)])])
+    assert whole[0]["routing"].keys() == whole[0]["usage"].keys() == usage.keys() == {"blocks.1"}
+    found = whole[0]["routing"]["blocks.1"]
+    assert found["mutual_information"] == pytest.approx(mutual_information(usage["blocks.1"].mass), abs=1e-6)
+    assert found["mutual_information"] > 1e-3 and sum(found["load"]) == pytest.approx(1)
 
 
 def test_usage_rows_are_shares(whole):
@@ -121,10 +147,35 @@ def test_usage_rows_are_shares(whole):
         assert max(max(row) for row in entry["slots"]) <= 0.5 + 1e-9  # k = 2: no expert has more than half the slots
 
 
-def test_the_page_is_whole_and_loads_nothing(whole):
-    results, _, page = whole
+class Balance(HTMLParser):
+    """Fails where a page closes another element than the one it opened last."""
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        self.seen.add(tag)
+
+
+def check_page(page):
+    """The page is well-formed, whole and loads nothing."""
     assert page.startswith("<!doctype html>") and page.endswith("</html>\n")
     assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "<script" not in page and "@import" not in page
+    balance = Balance()
+    balance.feed(page)
+    assert not balance.open and {"html", "table", "section", "style"} <= balance.seen
+
+
+def test_the_page_is_whole_and_loads_nothing(whole):
+    results, _, page = whole
+    check_page(page)
     for task, metrics in results["metrics"].items():
         assert f">{task}</th>" in page
         for metric, value in metrics.items():
@@ -132,6 +183,25 @@ def test_the_page_is_whole_and_loads_nothing(whole):
     layers, maps = len(results["usage"]), math.ceil(len(results["metrics"]) / 3)
     assert page.count("<img ") == len(results["metrics"]) + layers + maps
     assert page.count("alt=") == page.count("<img ")
+
+
+def test_the_page_tells_of_routing_cost_and_origin(whole):
+    results, _, page = whole
+    routing = results["routing"]["blocks.1"]
+    assert f"I(task; expert) {routing['mutual_information']:.2f} nats" in page
+    assert f"dead experts: {routing['dead_experts']} of 4" in page
+    for name, row in (("scene", results["usage"]["blocks.1"]["slots"][-1]), ("all", routing["load"])):
+        cells = "".join(f"<td class=number>{share:.1%}</td>" for share in row)
+        assert f'<th scope="row">{name}</th>{cells}' in page
+    dense = results["dense"]
+    assert f"untrained shared_bottom_micro of width {dense['args']['dim']}" in page
+    for run in ("all tasks", "one task, mean of 8", "dense, all tasks", "dense, one task extracted, mean of 8"):
+        assert f">{run}</th>" in page
+    for row in results["cost"]["2"]:
+        if row["task"]:
+            assert f">{1e3 * row['seconds']:.1f}</td>" in page
+    for fact in (results["weights"]["sha256"], "float32", "&quot;size&quot;: 32", "tiny", torch.__version__):
+        assert fact in page
 
 
 def test_some_tasks_and_some_samples(script, folder, tmp_path):
@@ -144,22 +214,68 @@ def test_some_tasks_and_some_samples(script, folder, tmp_path):
         assert entry["tasks"] == ["scene", "depth"] and sum(entry["slots"][0]) == pytest.approx(1)
 
 
-def test_against_a_baseline(script, folder, whole, tmp_path, capsys):
-    # the baseline's error is half: N = 2 B is a gain of -100 %; accuracy equal: 0; the mean over tasks is -50
-    rmse = run(script, folder, "--tasks=depth", f"--out={tmp_path / 'a.json'}")["metrics"]["depth"]
-    baseline = json.loads((tmp_path / "a.json").read_text())
-    baseline["metrics"]["depth"] = {metric: value / 2 for metric, value in rmse.items()}
-    (tmp_path / "b.json").write_text(json.dumps(baseline))
+def test_against_baselines(script, folder, whole, tmp_path, capsys):
+    # errors half as large: N = 2 B is a gain of -100 %; errors twice as large: N = B / 2 is one of +50 %
+    run(script, folder, "--tasks=depth", f"--out={tmp_path / 'a.json'}", "--label=half")
+    half = json.loads((tmp_path / "a.json").read_text())
+    twice = json.loads((tmp_path / "a.json").read_text())
+    for other, factor in ((half, 0.5), (twice, 2.0)):
+        other["metrics"]["depth"] = {metric: value * factor for metric, value in other["metrics"]["depth"].items()}
+    twice |= {"label": None, "model": {**twice["model"], "name": "shared_bottom_micro", "parameters": 77}}
+    for name, other in (("half", half), ("twice", twice), ("again", half)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(other))
     report = tmp_path / "r.html"
     results = run(
-        script, folder, "--tasks=depth", f"--baseline={tmp_path / 'b.json'}", f"--out={tmp_path / 'c.json'}",
-        f"--report={report}",
+        script, folder, "--tasks=depth", *(f"--baseline={tmp_path / name}.json" for name in ("half", "twice", "again")),
+        f"--out={tmp_path / 'c.json'}", f"--report={report}",
     )  # fmt: skip
-    assert results["gain"]["delta_task"] == pytest.approx(-100) and results["gain"]["delta_metric"] == pytest.approx(
-        100
-    )
-    assert "delta_task -100.00 %" in capsys.readouterr().out
-    assert "-100.00 %" in report.read_text()
+    assert json.loads((tmp_path / "c.json").read_text()) == results
+    first, second, third = results["baselines"]
+    assert [each["label"] for each in results["baselines"]] == ["half", "shared_bottom_micro", "half (2)"]
+    assert (second["model"], second["parameters"], second["data"]) == ("shared_bottom_micro", 77, results["data"])
+    assert first["metrics"] == half["metrics"] and second["metrics"] == twice["metrics"]
+    assert [each["gain"]["delta_task"] for each in results["baselines"]] == pytest.approx([-100, 50, -100])
+    assert first["gain"]["delta_metric"] == pytest.approx(100) and first["gain"]["tasks_worse"] == 1
+    assert second["gain"]["per_metric"]["depth"] == pytest.approx(dict.fromkeys(twice["metrics"]["depth"], 50))
+    assert third["gain"] == first["gain"]
+    out = capsys.readouterr().out
+    assert "against half: delta_task -100.00 %" in out and "against shared_bottom_micro: delta_task +50.00 %" in out
+    page = report.read_text()
+    check_page(page)
+    for metric, value in half["metrics"]["depth"].items():
+        text = format_metric(value, results["metric_info"]["depth"][metric]["unit"])
+        assert f'<td class=number>{text}<span class="change worse">-100.0 %</span></td>' in page
+    assert page.count('<span class="change better">+50.0 %</span>') == len(half["metrics"]["depth"]) + 1
+
+
+def test_a_pretrained_model_by_name(script, folder, tmp_path, monkeypatch):
+    bundled = tmp_path / "weights" / "m3vit_micro.tiny"
+    monkeypatch.setattr(hub, "weights_root", lambda: tmp_path / "weights")
+    save(load(folder), bundled, dtype=torch.float16)
+    (bundled / "run.json").write_text((folder / "run.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="SHA256SUMS"):
+        run(script, "m3vit_micro.tiny", "--limit=1", "--tasks=scene")
+    digest = hashlib.sha256((bundled / "model.safetensors").read_bytes()).hexdigest()
+    (tmp_path / "weights" / "SHA256SUMS").write_text(f"{digest}  m3vit_micro.tiny/model.safetensors\n")
+    results = run(script, "m3vit_micro.tiny", "--limit=1", "--tasks=scene")
+    assert results["label"] == "m3vit_micro.tiny" and results["weights"]["sha256"] == digest
+    assert json.loads((tmp_path / "results" / "m3vit_micro.tiny.json").read_text()) == results
+    assert sorted(path.name for path in bundled.iterdir()) == ["config.json", "model.safetensors", "run.json"]
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'm3vit_micro\.tiny'"):
+        run(script, "m3vit_micro.tyni")
+
+
+def test_a_dense_model_has_neither_experts_nor_a_dense_sibling(script, tmp_path):
+    args = {name: value for name, value in ARGS.items() if name not in ("experts", "k")}
+    save(create_model("shared_bottom_micro", tasks=DATA.tasks(), **args), tmp_path)
+    options = ["--recipe=tiny", "--limit=2", "--rounds=1", "--tasks=scene", f"--report={tmp_path / 'r.html'}"]
+    results = script.main([str(tmp_path), *options])
+    assert results["usage"] == results["routing"] == {} and results["dense"] is None
+    assert results["label"] == "shared_bottom_micro"
+    page = (tmp_path / "r.html").read_text()
+    check_page(page)
+    assert "This model has no expert layer." in page and "Gain over" not in page
 
 
 def test_data_options_change_the_data(script, folder, tmp_path):
@@ -175,6 +291,7 @@ def test_data_options_change_the_data(script, folder, tmp_path):
         (["--splitt=val"], "--splitt.*did you mean '--split'"),
         (["--split=tset"], "'tset'.*did you mean 'test'"),
         (["--limit=0"], "limit"),
+        (["--dense=yes"], "dense"),
         (["--data.sise=3"], "sise"),
         (["--recipe=tini"], "recipe: unknown 'tini'; did you mean 'tiny'"),
     ],
@@ -185,7 +302,7 @@ def test_bad_options(script, folder, options, message):
 
 
 def test_bad_folders(script, tmp_path):
-    with pytest.raises(ValueError, match="name a model folder first"):
+    with pytest.raises(ValueError, match="name a model first"):
         script.main([])
     with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder; expected a folder written by train.py"):
         script.main([str(tmp_path / "nowhere")])
@@ -209,6 +326,13 @@ def test_missing_data_and_baselines(script, folder, tmp_path):
         run(script, folder, f"--baseline={tmp_path / 'odd.json'}")
 
 
+def test_a_baseline_of_other_samples_is_refused(whole):
+    for key, value in (("samples", 7), ("split", "val"), ("name", "NYUv2")):
+        other = {"label": "old", "data": {**whole[0]["data"], key: value}, "metrics": whole[0]["metrics"]}
+        with pytest.raises(ValueError, match=f"baseline: old was scored on {key} {value!r}, this model on"):
+            compare(whole[0], [other], DATA.tasks())
+
+
 def test_a_failed_page_leaves_the_old_one(tmp_path, whole, monkeypatch):
     path = tmp_path / "r.html"
     path.write_text("old")
@@ -219,9 +343,13 @@ def test_a_failed_page_leaves_the_old_one(tmp_path, whole, monkeypatch):
 
 
 def test_the_page_escapes_names(tmp_path, whole):
-    results = {**whole[0], "model": {**whole[0]["model"], "name": "<b>&"}}
+    labelled = [task for task in DATA.tasks() if None not in whole[0]["metrics"][task.name].values()]
+    (other,) = compare(whole[0], [{**whole[0], "label": "<i>&", "parameters": 1}], labelled)
+    results = {**whole[0], "label": "<b>&", "baselines": [other], "versions": {"device": "<u>&"}}
     page = write_report(tmp_path / "r.html", results, Pictures()).read_text()
     assert "&lt;b&gt;&amp; on ProcRoom" in page and "<b>&" not in page
+    assert "&lt;i&gt;&amp;" in page and "<i>" not in page
+    assert page.count("&lt;u&gt;&amp;") == 2 and "<u>" not in page  # under the cost, and among the facts
 
 
 @pytest.mark.parametrize(

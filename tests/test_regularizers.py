@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from moe_mtl.gates import create_gate
-from moe_mtl.regularizers import REGULARIZERS, importance, load, switch_balance, total, z_loss
+from moe_mtl.regularizers import REGULARIZERS, importance, load, mutual_information, switch_balance, total, z_loss
 from moe_mtl.routing import Routing
 
 every_regularizer = pytest.mark.parametrize("name", sorted(REGULARIZERS))
+PER_TASK = sorted(REGULARIZERS.keys() - {"mutual_information"})  # which compares tasks, so has no value inside one
 LOG2, LOG3 = math.log(2), math.log(3)
 
 
@@ -35,6 +36,11 @@ def choose(logits, noise, k, sigma, task=0, valid=None) -> Routing:
     noisy = logits + noise
     weights, indices = noisy.softmax(-1).topk(k, -1)
     return Routing(weights, indices, logits, task, valid, noisy, torch.tensor(sigma, dtype=logits.dtype))
+
+
+def regularize(name, routing, per_task, **options):
+    """The value of a regularizer, inside tasks where it has such a value."""
+    return REGULARIZERS[name](routing, **options, **({"per_task": per_task} if name in PER_TASK else {}))
 
 
 def approx(value, abs=1e-6):
@@ -119,6 +125,59 @@ def test_load_without_noise_is_refused():
         total({"blocks.1": gate(torch.randn(5, 4), 0)}, {"load": 0.1})
 
 
+def test_mutual_information_by_hand():
+    # p(e|t) = (3/4, 1/4) and (1/2, 1/2), p(e) = (5/8, 3/8): I = H(5/8) - (H(3/4) + ln 2) / 2, H the binary entropy.
+    def entropy(p):
+        return -p * math.log(p) - (1 - p) * math.log(1 - p)
+
+    expected = entropy(5 / 8) - (entropy(3 / 4) + LOG2) / 2
+    assert 0.03 < expected < 0.04
+    assert mutual_information(two_tokens()).item() == approx(-expected)
+    # Tokens of a task are averaged before anything else: task 4 has (3/4, 1/4) and (1/2, 1/2), task 1 (5/8, 3/8).
+    logits = torch.tensor([[LOG3, 0.0], [0.0, 0.0], [math.log(5 / 3), 0.0]])
+    ids = torch.tensor([4, 4, 1])
+    routing = Routing(torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64), logits, ids)
+    assert mutual_information(routing).item() == approx(0.0)
+    # Tasks count alike, not tokens: (5/8, 3/8) of two tokens and (1/2, 1/2) of one have the mean (9/16, 7/16).
+    uneven = replace(routing, logits=torch.tensor([[LOG3, 0.0], [0.0, 0.0], [0.0, 0.0]]))
+    assert mutual_information(uneven).item() == approx(-(entropy(9 / 16) - (entropy(5 / 8) + LOG2) / 2))
+
+
+def test_mutual_information_leaves_a_task_of_padding_out():
+    logits = torch.tensor([[LOG3, 0.0], [0.0, 0.0], [5.0, 0.0]])
+    routing = Routing(torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64), logits, (0, 1, 2))
+    padded = replace(routing, valid=torch.tensor([True, True, False]))
+    torch.testing.assert_close(mutual_information(padded), mutual_information(two_tokens()))
+    assert mutual_information(routing) < 2 * mutual_information(padded) < 0
+
+
+def test_mutual_information_ends_at_experts_of_their_own():
+    apart = two_tokens(logits=torch.tensor([[300.0, 0.0], [0.0, 300.0]], requires_grad=True))  # softmax rounds to 0
+    assert mutual_information(apart).item() == approx(-LOG2)
+    (grad,) = torch.autograd.grad(mutual_information(apart), apart.logits)
+    assert grad.isfinite().all()
+    assert mutual_information(two_tokens(logits=torch.tensor([[3.0, 1.0], [3.0, 1.0]]))).item() == approx(0.0)
+
+
+@pytest.mark.parametrize("task", [1, None, (0,), (2, 2), torch.tensor([1, 1])], ids=str)
+def test_mutual_information_of_one_task_is_zero_and_can_be_differentiated(task):
+    logits = torch.tensor([[LOG3, 0.0], [0.0, 0.0]], requires_grad=True)
+    value = mutual_information(two_tokens(task, logits=logits))
+    assert value.item() == 0
+    (grad,) = torch.autograd.grad(value, logits)
+    assert grad.abs().max() < 1e-7
+
+
+def test_lowering_mutual_information_parts_the_tasks():
+    # task 0 leans to expert 0, task 1 to expert 1; each shall lean more
+    logits = torch.tensor([[0.5, 0.0], [0.0, 0.5]], requires_grad=True)
+    (grad,) = torch.autograd.grad(mutual_information(two_tokens(logits=logits)), logits)
+    assert (torch.sign(grad) == torch.tensor([[-1.0, 1.0], [1.0, -1.0]])).all()
+    with torch.no_grad():
+        after = mutual_information(two_tokens(logits=logits - grad))
+    assert after < mutual_information(two_tokens(logits=logits)) < 0
+
+
 @pytest.mark.parametrize("per_task", [False, True])
 def test_one_expert_and_all_experts(per_task):
     one = Routing(torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int64), torch.randn(4, 1), (0, 1))
@@ -126,6 +185,7 @@ def test_one_expert_and_all_experts(per_task):
     assert importance(one, source="weights", per_task=per_task).item() == 0
     assert load(one, per_task=per_task).item() == 0
     assert switch_balance(one, per_task=per_task).item() == approx(1.0)
+    assert mutual_information(one).item() == 0
     logits = torch.tensor([[LOG3, 0.0], [0.0, 0.0]])
     mixture = Routing(logits.softmax(-1), None, logits, (0, 1))
     expected = 1 / 8 if per_task else 1 / 16  # as the top-k routing with the same scores
@@ -144,7 +204,7 @@ def test_gradients_are_those_of_the_formula(name, options):
     noise = (base.noisy_logits - base.logits).detach()
 
     def value(logits, per_task):
-        return REGULARIZERS[name](choose(logits, noise, 2, 0.5, (0, 2)), per_task=per_task, **options)
+        return regularize(name, choose(logits, noise, 2, 0.5, (0, 2)), per_task, **options)
 
     logits = base.logits.clone().requires_grad_()
     for per_task in (False, True):
@@ -181,7 +241,7 @@ def test_padding_changes_neither_value_nor_gradient(name, per_task, task):
 
     def run(logits, noise, task, valid):
         logits = logits.clone().requires_grad_()
-        value = REGULARIZERS[name](choose(logits, noise, 2, 0.5, task, valid), per_task=per_task)
+        value = regularize(name, choose(logits, noise, 2, 0.5, task, valid), per_task)
         (grad,) = torch.autograd.grad(value, logits)
         return value, grad
 
@@ -190,10 +250,10 @@ def test_padding_changes_neither_value_nor_gradient(name, per_task, task):
     torch.testing.assert_close(padded, value)
     torch.testing.assert_close(padded_grad[valid], grad)
     assert not padded_grad[~valid].any()
-    assert value != 0
+    assert value != 0 or (name == "mutual_information" and keep.unique().numel() == 1)
 
 
-@every_regularizer
+@pytest.mark.parametrize("name", PER_TASK)
 def test_per_task_is_the_average_of_the_tasks_alone(name):
     full = random_routing(m=12, task=(2, 0, 2))
 
@@ -219,15 +279,16 @@ def test_per_task_is_the_average_of_the_tasks_alone(name):
 @pytest.mark.parametrize("per_task", [False, True])
 def test_no_valid_token_gives_zero(name, per_task):
     routing = random_routing(m=4, valid=torch.zeros(4, dtype=torch.bool))
-    assert REGULARIZERS[name](routing, per_task=per_task).item() == 0
+    assert regularize(name, routing, per_task).item() == 0
 
 
 @every_regularizer
 def test_token_order_is_irrelevant(name):
-    full = random_routing(task=0)
+    full = random_routing(task=torch.arange(12) % 3)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    moved = choose(full.logits[order], (full.noisy_logits - full.logits)[order], 2, 0.5)
+    moved = choose(full.logits[order], (full.noisy_logits - full.logits)[order], 2, 0.5, full.task[order])
     torch.testing.assert_close(REGULARIZERS[name](moved), REGULARIZERS[name](full))
+    assert REGULARIZERS[name](full) != 0
 
 
 def test_total_weighs_parts_and_averages_layers():
@@ -275,7 +336,7 @@ def test_total_compiles_without_graph_breaks():
     torch.compiler.reset()
     routing = random_routing()
     coefficients = dict.fromkeys(REGULARIZERS, 1.0)
-    options = {name: {"per_task": True} for name in REGULARIZERS}
+    options = {name: {"per_task": True} for name in PER_TASK}
     compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
         compiled({"a": routing}, coefficients, options), total({"a": routing}, coefficients, options)

@@ -1,12 +1,14 @@
 """The trainer on a toy model: updates, resuming to the bit, refusals, what is written."""
 
 import json
+import math
 import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from moe_mtl import checkpoint as checkpoints
@@ -304,7 +306,47 @@ def test_val_limit_scores_the_first_samples_only(tmp_path):
     trainer = toy_trainer(tmp_path, val_limit=4)
     limited = trainer.evaluate(ToySet(9, augment=False))
     assert limited == trainer.evaluate(ToySet(4, augment=False))
-    assert limited != toy_trainer(tmp_path).evaluate(ToySet(9, augment=False))
+    assert limited["metrics"] != toy_trainer(tmp_path).evaluate(ToySet(9, augment=False))["metrics"]
+
+
+class SharedRouters(ToyModel):
+    """The toy model with its routers under the name of one layer, as a model that stacks tasks returns them."""
+
+    def forward(self, x, tasks=None, return_routing=False):
+        predictions, routings = super().forward(x, tasks, return_routing=True)
+        logits = torch.cat([routing.logits for routing in routings.values()])
+        ids = tuple(routing.task for routing in routings.values())
+        layer = Routing(logits.softmax(-1).topk(1).values, logits.argmax(-1, keepdim=True), logits, ids)
+        return (predictions, {"layer": layer}) if return_routing else predictions
+
+
+class Dense(ToyModel):
+    """The toy model without routings to return."""
+
+    def forward(self, x, tasks=None, return_routing=False):
+        predictions = super().forward(x, tasks)
+        return (predictions, {}) if return_routing else predictions
+
+
+def test_evaluation_says_how_tasks_use_experts(tmp_path):
+    trainer = toy_trainer(tmp_path, SharedRouters(), eval_every=12)
+    with torch.no_grad():  # semseg and depth on expert 0, scene on expert 2: p(e) = (2/3, 0, 1/3)
+        trainer.model.router.weight.copy_(torch.tensor([[9.0, 0, 0], [9, 0, 0], [0, 0, 9]]))
+    trainer.optimizer.param_groups[0]["scale"] = trainer.optimizer.param_groups[1]["scale"] = 0.0  # nothing moves
+    trainer.fit()
+    entropy = math.log(3) - 2 / 3 * math.log(2)
+    expected = {"mutual_information": entropy, "load_entropy": entropy / math.log(3), "dead_experts": 1}
+    (val,) = [record for record in records(tmp_path) if record["split"] == "val"]
+    assert val["routing"].keys() == {"layer"} and val["metrics"].keys() == {"semseg", "depth", "scene"}
+    assert val["routing"]["layer"] == pytest.approx(expected)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = events.Scalars("val/routing/layer/mutual_information")
+    assert event.step == 12 and event.value == pytest.approx(entropy)
+
+
+def test_a_dense_model_has_no_routing_to_tell_of(tmp_path):
+    toy_trainer(tmp_path, Dense(), steps=1, eval_every=1).fit()
+    assert [record["routing"] for record in records(tmp_path) if record["split"] == "val"] == [{}]
 
 
 @pytest.mark.parametrize("moment", ["save_file", "replace"])

@@ -1,4 +1,4 @@
-"""Expert usage by hand, patches in their place, colours apart, and figures that show what they are given."""
+"""Patches in their place, colours apart, and figures that show what they are given."""
 
 import io
 import sys
@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from moe_mtl.diagnostics import ExpertUsage
 from moe_mtl.palette import categorical_palette
 from moe_mtl.routing import Routing
 from moe_mtl.tasks import Task
 from moe_mtl.viz import (
     MISSING,
-    ExpertUsage,
     describe,
     expert_map,
-    expert_usage,
     prediction_grid,
     to_rgb,
     top_expert,
@@ -30,92 +29,6 @@ TASKS = (Task.depth("d"), Task.classification("c", 2))
 def routing(indices, weights, task, experts=4, **kwargs):
     indices, weights = torch.tensor(indices), torch.tensor(weights)
     return Routing(weights, indices, torch.zeros(len(weights), experts), task, **kwargs)
-
-
-def test_usage_by_hand():
-    # task d: tokens choose (0,1) and (0,2): slots 0 twice, 1 and 2 once of four; mass .75+.5, .25, .5 of 2
-    # task c: tokens choose (3,1) and (3,1): slots one half each; mass 1.9 and .1 of 2
-    tokens = [[0, 1], [0, 2], [3, 1], [3, 1]]
-    weights = [[0.75, 0.25], [0.5, 0.5], [0.9, 0.1], [1.0, 0.0]]
-    usage = ExpertUsage(TASKS)
-    usage.update({"layer": routing(tokens, weights, (0, 1))})
-    result = usage.compute()["layer"]
-    torch.testing.assert_close(
-        result.slots, torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.5, 0.0, 0.5]], dtype=torch.float64)
-    )
-    torch.testing.assert_close(
-        result.mass,
-        torch.tensor([[0.625, 0.125, 0.25, 0.0], [0.0, 0.05, 0.0, 0.95]], dtype=torch.float64),
-        atol=1e-7,
-        rtol=0,
-    )
-
-
-def test_usage_in_batches_is_usage_at_once():
-    generator = torch.Generator().manual_seed(0)
-    indices = torch.rand(12, 4, generator=generator).argsort(dim=-1)[:, :2]
-    weights, ids = torch.rand(12, 2, generator=generator), torch.arange(12) % 2
-    whole, parts = ExpertUsage(TASKS), ExpertUsage(TASKS)
-    whole.update({"l": Routing(weights, indices, torch.zeros(12, 4), ids)})
-    for rows in (slice(0, 5), slice(5, 12)):
-        parts.update({"l": Routing(weights[rows], indices[rows], torch.zeros(12, 4)[rows], ids[rows])})
-    torch.testing.assert_close(parts.compute()["l"].slots, whole.compute()["l"].slots)
-    torch.testing.assert_close(parts.compute()["l"].mass, whole.compute()["l"].mass)
-
-
-def test_padding_does_not_count():
-    usage = ExpertUsage(TASKS)
-    usage.update({"l": routing([[0], [1]], [[1.0], [1.0]], 0, valid=torch.tensor([True, False]))})
-    assert usage.compute()["l"].slots[0].tolist() == [1.0, 0.0, 0.0, 0.0]
-
-
-def test_a_task_that_never_ran_is_nan_not_zero():
-    usage = ExpertUsage(TASKS)
-    usage.update({"l": routing([[2]], [[1.0]], 0)})
-    result = usage.compute()["l"]
-    assert result.slots[0].tolist() == [0.0, 0.0, 1.0, 0.0]
-    assert result.slots[1].isnan().all() and result.mass[1].isnan().all()
-
-
-def test_layers_before_the_tasks_part_count_for_all():
-    usage = ExpertUsage(TASKS)
-    usage.update({"l": routing([[2]], [[1.0]], None)})
-    assert usage.compute()["l"].slots.tolist() == [[0.0, 0.0, 1.0, 0.0]] * 2
-
-
-def test_independent_models_share_a_layer_name():
-    usage = ExpertUsage(TASKS)
-    usage.update({"d/l": routing([[2]], [[1.0]], 0), "c/l": routing([[1]], [[1.0]], 0)})
-    assert usage.compute().keys() == {"l"}
-    assert usage.compute()["l"].slots.tolist() == [[0.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
-
-
-def test_dense_mixture_counts_what_is_not_zero():
-    usage = ExpertUsage(TASKS[:1])
-    usage.update({"l": Routing(torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]), None, torch.zeros(2, 3), 0)})
-    torch.testing.assert_close(usage.compute()["l"].slots, torch.tensor([[2 / 3, 1 / 3, 0.0]], dtype=torch.float64))
-    torch.testing.assert_close(usage.compute()["l"].mass, torch.tensor([[0.75, 0.25, 0.0]], dtype=torch.float64))
-
-
-class Toy(nn.Module):
-    """Sends a token of task i to expert (first value + i) modulo 4."""
-
-    tasks = TASKS
-
-    def forward(self, x, tasks=None, return_routing=False):
-        assert return_routing and not self.training
-        ids = [i for i, task in enumerate(TASKS) if tasks is None or task.name in tasks]
-        indices = torch.cat([(x[:, :1].long() + i) % 4 for i in ids])
-        return {}, {"l": Routing(torch.ones(len(indices), 1), indices, torch.zeros(len(indices), 4), tuple(ids))}
-
-
-def test_expert_usage_runs_the_model_in_eval_mode():
-    model = Toy().train()
-    batches = [torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [0.0]])]
-    usage = expert_usage(model, batches)["l"]
-    assert usage.slots.tolist() == [[0.75, 0.25, 0.0, 0.0], [0.0, 0.75, 0.25, 0.0]]
-    assert model.training
-    assert expert_usage(model, batches, tasks=["c"])["l"].slots[0].isnan().all()
 
 
 def test_top_expert_puts_patches_in_their_place():
@@ -232,11 +145,14 @@ def test_usage_figures_share_one_scale():
     usage.update({"one": routing([[0], [1]], [[1.0], [1.0]], (0, 1)), "two": routing([[0, 1]], [[0.5, 0.5]], 0)})
     figures = usage_figures(usage.compute(), usage.tasks)
     assert list(figures) == ["one", "two"]
-    assert [figure.axes[0].images[0].get_clim() for figure in figures.values()] == [(0.0, 1.0)] * 2
-    axes = figures["two"].axes[0]
+    assert [figure.axes[1].images[0].get_clim() for figure in figures.values()] == [(0.0, 1.0)] * 2
+    bars, axes = figures["two"].axes[:2]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["d", "c"]
     assert axes.images[0].get_array()[0].tolist() == [0.5, 0.5, 0.0, 0.0]
     assert axes.images[0].get_array().mask[1].all()  # drawn grey, not as 0
+    assert [bar.get_height() for bar in bars.patches] == [0.5, 0.5, 0.0, 0.0]
+    # task d uses expert 0 alone, task c expert 1: a load of one half each
+    assert [bar.get_height() for bar in figures["one"].axes[0].patches] == [0.5, 0.5, 0.0, 0.0]
 
 
 def test_expert_map_colours_patches():

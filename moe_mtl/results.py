@@ -1,0 +1,202 @@
+"""The JSON `eval.py` writes: what it says of weights, routing and baselines, and how it is printed.
+
+`eval.py` lists its keys.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+
+from moe_mtl.cost import AGREES
+from moe_mtl.diagnostics import LayerUsage, diagnose
+from moe_mtl.hub import replace_file, sha256
+from moe_mtl.scoring import multi_task_gain
+from moe_mtl.tasks import Task
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, results: Mapping[str, Any]) -> None:
+    """Writes results as JSON, whole or not at all; a value that is not finite becomes null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(finite(results), indent=1, allow_nan=False) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text))
+
+
+def finite(value: Any) -> Any:
+    """The same nested data with null for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def describe_weights(path: Path) -> dict[str, Any]:
+    """A weights file: its name, bytes, sha256, and the floating point type its tensors are stored in."""
+    with safe_open(path, framework="pt") as file:
+        found = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    dtypes = [name for code, name in _DTYPES.items() if code in found]
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), "dtype": ", ".join(dtypes)}
+
+
+def describe_routing(usage: Mapping[str, LayerUsage], tasks: Sequence[str]) -> dict[str, Any]:
+    """The keys `usage` and `routing`: shares per layer, and what `moe_mtl.diagnostics.diagnose` makes of them."""
+    return {
+        "usage": {
+            layer: {
+                "tasks": list(tasks),
+                "slots": shares.slots.tolist(),
+                "mass": shares.mass.tolist(),
+                "entropy": shares.entropy.tolist(),
+            }
+            for layer, shares in usage.items()
+        },
+        "routing": {layer: diagnose(shares) for layer, shares in usage.items()},
+    }
+
+
+# ---- baselines ------------------------------------------------------------------------------------------------------
+
+
+def read_baseline(path: str, tasks: Sequence[Task]) -> dict[str, Any]:
+    """The part of another result that a comparison needs.
+
+    Returns:
+        label, model (its name), parameters, data, and the metrics of these tasks with NaN for null.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no result of eval.py, or lacks one of the tasks.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"baseline: {path} is not a file; expected the JSON an earlier eval.py wrote")
+    try:
+        other = json.loads(Path(path).read_text())
+        metrics = {task.name: other["metrics"][task.name] for task in tasks}
+        model, data = other["model"], other["data"]
+        named = {"label": other.get("label") or model["name"], "model": model["name"]}
+        parameters = model["parameters"]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"baseline: {path} is not a result of eval.py for these tasks ({error!r})") from error
+    nan_for_null = {t: {m: math.nan if v is None else v for m, v in row.items()} for t, row in metrics.items()}
+    return {**named, "parameters": parameters, "data": data, "metrics": nan_for_null}
+
+
+def compare(
+    results: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]], tasks: Sequence[Task]
+) -> list[dict[str, Any]]:
+    """Each baseline with `gain`, what `moe_mtl.scoring.multi_task_gain` says against it; labels made distinct.
+
+    Raises:
+        ValueError: a baseline was scored on other samples, or a metric has no value.
+    """
+    compared, labels = [], set()
+    for baseline in baselines:
+        for key in ("name", "split", "samples"):
+            ours, theirs = results["data"][key], baseline["data"].get(key)
+            if ours != theirs:
+                raise ValueError(
+                    f"baseline: {baseline['label']} was scored on {key} {theirs!r}, this model on {ours!r}; score both "
+                    "alike"
+                )
+        label, copies = baseline["label"], 1
+        while label in labels:
+            copies += 1
+            label = f"{baseline['label']} ({copies})"
+        labels.add(label)
+        gain = multi_task_gain(results["metrics"], baseline["metrics"], tasks)
+        compared.append({**baseline, "label": label, "gain": gain})
+    return compared
+
+
+# ---- what is shown --------------------------------------------------------------------------------------------------
+
+
+def format_metric(value: float | None, unit: str = "") -> str:
+    """A score with its unit: a share in percent, anything else with four significant digits; None where unlabelled."""
+    if value is None or value != value:
+        return "no labels"
+    return f"{100 * value:.1f} %" if unit == "share" else f"{value:.4g}{'' if unit == '°' else ' '}{unit}".rstrip()
+
+
+def show(results: Mapping[str, Any]) -> None:
+    """Prints the scores, the cost, the routing, the agreement and the gains."""
+    console = Console()
+    for table in (_scores(results), _cost(results), _routing(results)):
+        if table.row_count:
+            console.print(table)
+    worst, where = max(
+        (value, f"{task}, {how}") for task, row in results["agreement"].items() for how, value in row.items()
+    )
+    verdict = "agree with" if worst <= AGREES else "[red]DIFFER from[/red]"
+    lines = [f"one task alone and extracted {verdict} the full pass: largest relative difference {worst:.1e} ({where})"]
+    for baseline in results.get("baselines", []):
+        gain = baseline["gain"]
+        lines.append(
+            f"against {baseline['label']}: delta_task {gain['delta_task']:+.2f} % (higher is better), "
+            f"delta_metric {gain['delta_metric']:+.2f} % (lower is better), {gain['tasks_worse']} tasks worse"
+        )
+    for line in lines:
+        console.print(line, soft_wrap=True)
+
+
+def _scores(results: Mapping[str, Any]) -> Table:
+    data, baselines = results["data"], results.get("baselines", [])
+    table = Table(title=f"{results['label']} on {data['samples']} {data['split']} samples of {data['name']}")
+    table.add_column("task")
+    table.add_column("metric")
+    for column in ("value", *(baseline["label"] for baseline in baselines)):
+        table.add_column(column, justify="right")
+    table.add_column("better")
+    for task, metrics in results["metrics"].items():
+        for i, (metric, value) in enumerate(metrics.items()):
+            info = results["metric_info"][task][metric]
+            values = [value, *(baseline["metrics"][task].get(metric) for baseline in baselines)]
+            direction = "higher" if info["higher_is_better"] else "lower"
+            shown = (format_metric(each, info["unit"]) for each in values)
+            table.add_row(task if i == 0 else "", metric, *shown, direction)
+        table.add_section()
+    return table
+
+
+def _cost(results: Mapping[str, Any]) -> Table:
+    batches = sorted(results["cost"], key=int)
+    table = Table(title="cost")
+    for column in ("runs", "task", "MFLOPs", "k parameters", *(f"ms, batch {batch}" for batch in batches)):
+        table.add_column(column, justify="left" if column in ("runs", "task") else "right", no_wrap=column == "runs")
+    previous = None
+    for rows in zip(*(results["cost"][batch] for batch in batches), strict=True):
+        first = rows[0]
+        if previous not in (None, first["run"]):
+            table.add_section()
+        previous = first["run"]
+        numbers = [first["flops"] / first["batch"] / 1e6, first["parameters"] / 1e3]
+        numbers += [row["seconds"] * 1e3 for row in rows]
+        table.add_row(first["run"], first["task"] or "all", *(f"{number:.1f}" for number in numbers))
+    return table
+
+
+def _routing(results: Mapping[str, Any]) -> Table:
+    table = Table(title="routing")
+    table.add_column("layer")
+    for column in ("I(task; expert), nats", "of most", "load entropy", "dead experts"):
+        table.add_column(column, justify="right")
+    for layer, found in results["routing"].items():
+        table.add_row(
+            layer,
+            f"{found['mutual_information']:.3f}",
+            f"{found['mutual_information_share']:.0%}",
+            f"{found['load_entropy']:.0%}",
+            f"{found['dead_experts']} of {len(found['load'])}",
+        )
+    return table
