@@ -32,6 +32,7 @@ RESULTS = ROOT / "benchmarks" / "controls"
 COST = RESULTS / "seconds_per_update.json"
 REFERENCE = "m3vit_micro_procroom"  # whose steps and training time are the budgets
 SINGLE, SHARED = "single_task_micro_procroom", "shared_bottom_micro_procroom"
+BUDGETS = {"steps": "updates", "time": "training time"}
 # in the order of their worth: the first seed of all, then the second of all
 QUEUE = (
     (REFERENCE, "steps"),
@@ -110,7 +111,7 @@ def do(run: Run, threads: int) -> None:
         call = partial(subprocess.run, cwd=ROOT, env=environment, stdout=output, stderr=output, check=True)
         if not finished(folder, run.steps()):
             call([sys.executable, "train.py", run.recipe, *options, "--trainer.progress=false"])
-        call([sys.executable, "eval.py", str(folder), "--rounds=1"])
+        call([sys.executable, "eval.py", str(folder), "--rounds=1", "--dense=none"])
     from moe_mtl.hub import replace_file
 
     record = summary(run, folder)
@@ -124,26 +125,27 @@ def finished(folder: Path, steps: int) -> bool:
 
 
 def summary(run: Run, folder: Path) -> dict[str, Any]:
-    """What the table needs of eval.py's results and the training log."""
+    """What the table needs of eval.py's results and the training log; eval.py takes it as a --baseline, too."""
     results = json.loads((folder / "results.json").read_text())
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = results["cost"]["1"]
     alone = [row["flops"] for row in rows if row["run"] == "one task"]
     return {
+        "label": f"{run.recipe.removesuffix('_procroom')}, equal {BUDGETS[run.budget]}",
         "recipe": run.recipe,
         "budget": run.budget,
         "seed": run.seed,
         "steps": run.steps(),
         "batch_size": results["recipe"]["trainer"]["batch_size"],
         "training_seconds": [record["seconds"] for record in log if "seconds" in record][-1],
-        "parameters": results["model"]["parameters"],
+        "model": {key: results["model"][key] for key in ("name", "args", "parameters")},
         "flops_all": rows[0]["flops"],
         "flops_one": statistics.mean(alone),
         "data": results["data"],
         "tasks": results["tasks"],
         "metrics": results["metrics"],
         "metric_info": results["metric_info"],
-        "routing": results.get("routing", {}),
+        "routing": results["routing"],
         "versions": results["versions"],
         "date": results["date"],
     }

@@ -91,7 +91,7 @@ def quality(runs: Mapping[Key, Sequence[Record]], seconds: Mapping[str, float]) 
                 LABELS[recipe],
                 str(one["steps"]),
                 f"{time / (runs[REFERENCE, 'steps'][0]['steps'] * seconds[REFERENCE]):.2f}",
-                f"{one['parameters'] / 1e6:.2f}",
+                f"{one['model']['parameters'] / 1e6:.2f}",
                 f"{one['flops_all'] / 1e6:.0f}",
                 f"{one['flops_one'] / 1e6:.0f}",
                 spread([gain["delta_task"] for gain in over_single], 1, sign=True),
@@ -159,10 +159,13 @@ def routing(runs: Mapping[Key, Sequence[Record]]) -> str:
                 BUDGETS[budget],
                 layer,
                 spread([entry["mutual_information"] for entry in own], 3),
+                spread([100 * entry["mutual_information_share"] for entry in own], 0),
                 spread([entry["load_entropy"] for entry in own], 3),
-                spread([len(entry["dead_experts"]) for entry in own], 0),
+                spread([entry["dead_experts"] for entry in own], 0),
             ])  # fmt: skip
-    return table(["model", "equal", "layer", "I(task; expert), nats", "load entropy", "dead experts"], rows)
+    return table(
+        ["model", "equal", "layer", "I(task; expert), nats", "% of most", "load entropy", "dead experts"], rows
+    )
 
 
 def front(runs: Mapping[Key, Sequence[Record]]) -> Figure:

@@ -37,7 +37,7 @@ def record(recipe, budget="steps", seed=0, error=1.0, accuracy=0.5, layers=()):
         "steps": 10 if budget == "steps" else 30,
         "batch_size": 16,
         "training_seconds": 5.0,
-        "parameters": 2_000_000,
+        "model": {"name": recipe, "args": {}, "parameters": 2_000_000},
         "flops_all": 9e6,
         "flops_one": 3e6,
         "data": {"samples": 64, "split": "test", "spec": {"size": 64}},
@@ -47,7 +47,15 @@ def record(recipe, budget="steps", seed=0, error=1.0, accuracy=0.5, layers=()):
             "scene": {"accuracy": accuracy},
         },
         "metric_info": INFO,
-        "routing": {layer: {"mutual_information": 0.25, "load_entropy": 0.75, "dead_experts": [3]} for layer in layers},
+        "routing": {
+            layer: {
+                "mutual_information": 0.25,
+                "mutual_information_share": 0.12,
+                "load_entropy": 0.75,
+                "dead_experts": 1,
+            }
+            for layer in layers
+        },
         "versions": {"moe_mtl": "1", "torch": "2"},
         "date": "2026-01-01",
     }
@@ -83,7 +91,7 @@ def test_gains_and_their_spread_are_those_of_the_records(results, tmp_path):
     assert "| 30 | 0.75 | 2.00 | 9 | 3 | +10.0 | 0 | +0.0 | 1 |" in shared[1]
     # over the shared bottom: depth (1.25 - 0.9) / 1.25 = 28 % and 44 %, scene 10 %: 19 and 27, mean 23; single 20 and 0
     assert "| +23.0 | 230 % |" in text and "| +10.0 |  |" in text
-    assert "| blocks.1 | 0.250 ± 0.000 | 0.750 ± 0.000 | 1 ± 0 |" in text
+    assert "| blocks.1 | 0.250 ± 0.000 | 12 ± 0 | 0.750 ± 0.000 | 1 ± 0 |" in text
     assert (tmp_path / "docs" / "controls.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -5,10 +5,12 @@ import os
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import moe_mtl
 from moe_mtl import create_model, extract, hub
+from moe_mtl.sparse import keep_experts
 from moe_mtl.tasks import Task
 
 TASKS = (
@@ -64,6 +66,53 @@ def test_compiled_model_is_saved_as_itself(tmp_path):
     m = model()
     hub.save(torch.compile(m, backend="eager"), tmp_path / "m")
     assert same(m, hub.load(tmp_path / "m"), X)
+
+
+@pytest.mark.parametrize("dtype, digits", [(torch.float16, 11), (torch.bfloat16, 8)])
+def test_half_precision_takes_half_the_bytes_and_loads_as_float32(tmp_path, dtype, digits):
+    m, name = model(dim=32), str(dtype).removeprefix("torch.")
+    whole, half = hub.save(m, tmp_path / "m"), hub.save(m, tmp_path / "half", dtype=dtype)
+    tensors, sizes = load_file(half / "model.safetensors"), [f / "model.safetensors" for f in (whole, half)]
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    assert sizes[1].stat().st_size < 0.6 * sizes[0].stat().st_size
+    with safe_open(half / "model.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["config.json"])["dtype"] == name
+    assert "dtype" not in json.loads((whole / "config.json").read_text())
+    again = hub.load(half).state_dict()
+    for key, weight in m.state_dict().items():
+        assert again[key].dtype == torch.float32 and torch.equal(again[key], tensors[key].float())
+        assert (again[key] - weight).abs().max() <= 2.0**-digits * weight.abs().max()
+    assert not all(torch.equal(again[key], weight) for key, weight in m.state_dict().items())
+
+
+def test_half_precision_leaves_integers_alone_and_refuses_what_overflows(tmp_path):
+    m, big = model(), 2**20 + 1  # neither half type can hold it
+    m.register_buffer("steps", torch.tensor([big]))
+    weight = next(m.heads["scene"].parameters())
+    weight.data.flatten()[0] = float("inf")  # was infinite already: not lost by storing
+    hub.save(m, tmp_path / "m", dtype=torch.float16)
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    assert tensors["steps"].dtype == torch.int64 and tensors["steps"].item() == big
+    weight.data.flatten()[1] = 70_000.0
+    with pytest.raises(
+        ValueError, match=r"dtype: 1 values of heads\.scene\..*do not fit torch\.float16 \(up to 7e\+04"
+    ):
+        hub.save(m, tmp_path / "other", dtype=torch.float16)
+    assert not (tmp_path / "other").exists()
+    hub.save(m, tmp_path / "other", dtype=torch.bfloat16)  # it has the range of float32
+    with pytest.raises(ValueError, match=r"dtype: got torch\.int8, expected torch\.float16 or torch\.bfloat16"):
+        hub.save(m, tmp_path / "m", dtype=torch.int8)
+
+
+def test_a_pruned_model_round_trips(tmp_path):
+    m = model(k=1)
+    layer = next(iter(m.moe_layers))
+    keep_experts(m, {layer: [0, 2]})
+    hub.save(m, tmp_path / "m")
+    again = hub.load(tmp_path / "m")
+    assert same(m, again, X) and again.config == m.config
+    assert again.config["kept_experts"] == {layer: [0, 2]}
+    assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in model(k=1).parameters())
 
 
 def test_missing_folder_and_files(tmp_path):

@@ -98,6 +98,23 @@ def test_timm_works_beside_this_torch():
     assert run_python("import timm; print('vit_tiny_patch16_224' in timm.list_models())") == "True"
 
 
+PRETRAINED = "shared_bottom_micro.for_this_test"
+
+
+def add_pretrained(weights: Path) -> set[str]:
+    """A pretrained model with every file that one has; returns what a wheel shall hold of it."""
+    from moe_mtl import Task, create_model, hub
+
+    sizes = {"image_size": 16, "dim": 8, "depth": 1, "num_heads": 1, "head_width": 4}
+    folder = hub.save(create_model("shared_bottom_micro", tasks=[Task.depth()], **sizes), weights / PRETRAINED)
+    for name in ("README.md", "run.json", "results.json"):
+        (folder / name).write_text("{}")
+    with open(weights / hub.CHECKSUMS, "a") as sums:
+        sums.write(f"{hub.sha256(folder / hub.WEIGHTS)}  {PRETRAINED}/{hub.WEIGHTS}\n")
+    files = {f"moe_mtl/weights/{PRETRAINED}/{path.name}" for path in folder.iterdir()}
+    return {*files, f"moe_mtl/weights/{hub.CHECKSUMS}"}
+
+
 @checkout_only
 def test_wheel_holds_one_top_level_name_and_every_module(tmp_path):
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
@@ -114,6 +131,7 @@ def test_wheel_holds_one_top_level_name_and_every_module(tmp_path):
             expected.add(name)
         elif top in MAPPED and rest:
             expected.add(f"moe_mtl/{name}")
+    expected |= add_pretrained(tmp_path / "tree" / "weights")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path]
     subprocess.run([*command, tmp_path / "tree"], check=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -125,5 +143,10 @@ def test_wheel_holds_one_top_level_name_and_every_module(tmp_path):
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    code = "import moe_mtl.kernels.ops, moe_mtl.models.vit_moe, moe_mtl; print(moe_mtl.__file__)"
-    assert run_python(code, tmp_path, site).startswith(str(site))
+    code = (
+        "import moe_mtl.kernels.ops, moe_mtl.models.vit_moe, moe_mtl; print(moe_mtl.__file__); "
+        f"print({PRETRAINED!r} in moe_mtl.list_models(pretrained=True)); "
+        f"print(len(moe_mtl.create_model({PRETRAINED!r}, pretrained=True).tasks))"
+    )
+    file, *found = run_python(code, tmp_path, site).split("\n")
+    assert file.startswith(str(site)) and found == ["True", "1"]
