@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moe_mtl import checkpoint
 from moe_mtl.recipes import get_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,8 +98,20 @@ def work_off(seeds: int, workers: int) -> None:
     print(f"{len(left)} of {len(runs(seeds))} runs to do: {', '.join(run.name for run in left) or 'none'}", flush=True)
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(do, run, threads) for run in left]:
-            done.result()
+        failed = [name for name in pool.map(partial(attempt, threads=threads), left) if name]
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}; what they said is in output.txt of their folders")
+
+
+def attempt(run: Run, threads: int) -> str | None:
+    """Does one run and says so; returns its name if it failed, so that the others go on."""
+    try:
+        do(run, threads)
+    except subprocess.CalledProcessError as error:
+        print(f"{run.name}: failed ({error})", flush=True)
+        return run.name
+    print(f"{run.name}: done", flush=True)
+    return None
 
 
 def do(run: Run, threads: int) -> None:
@@ -116,12 +129,12 @@ def do(run: Run, threads: int) -> None:
 
     record = summary(run, folder)
     replace_file(run.result, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
-    print(f"{run.name}: done", flush=True)
 
 
 def finished(folder: Path, steps: int) -> bool:
     """Whether a training of that many steps came to its end there."""
-    return (folder / "checkpoints" / f"step_{steps}").is_dir() and (folder / "model.safetensors").is_file()
+    newest = checkpoint.latest(folder / "checkpoints")
+    return newest is not None and int(newest.name.removeprefix("step_")) == steps
 
 
 def summary(run: Run, folder: Path) -> dict[str, Any]:

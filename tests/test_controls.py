@@ -128,3 +128,34 @@ def test_runs_that_left_a_result_are_not_done_again(results, tmp_path, monkeypat
     (results / "seconds_per_update.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"controls\.py cost"):
         controls.work_off(seeds=1, workers=1)
+
+
+def test_a_finished_training_is_scored_and_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(controls, "ROOT", tmp_path)
+    monkeypatch.setattr(controls, "RESULTS", tmp_path)
+    monkeypatch.setattr(controls, "summary", lambda run, folder: {"name": run.name})
+    run, calls = controls.Run(controls.REFERENCE, "steps", 0), []
+    monkeypatch.setattr(controls.subprocess, "run", lambda command, **_: calls.append(Path(command[1]).name))
+    controls.do(run, threads=1)
+    assert calls == ["train.py", "eval.py"] and json.loads((tmp_path / run.result.name).read_text())["name"] == run.name
+    calls.clear()
+    checkpoints = tmp_path / "runs" / "controls" / run.name / "checkpoints"
+    stored = controls.checkpoint.Checkpoint(run.steps(), {}, {}, {})
+    controls.checkpoint.write(checkpoints, stored, keep=1)
+    controls.do(run, threads=1)
+    assert calls == ["eval.py"]
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(controls, "RESULTS", tmp_path)
+    monkeypatch.setattr(controls, "COST", tmp_path / "cost.json")
+    controls.COST.write_text(json.dumps(COST))
+
+    def fail_once(run, threads):
+        if run.recipe == controls.SHARED and run.budget == "steps":
+            raise controls.subprocess.CalledProcessError(1, "train.py")
+
+    monkeypatch.setattr(controls, "do", fail_once)
+    with pytest.raises(RuntimeError, match=r"failed: shared_bottom_micro\.steps\.s0;"):
+        controls.work_off(seeds=1, workers=2)
+    assert capsys.readouterr().out.count(": done") == len(controls.QUEUE) - 1
