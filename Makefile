@@ -3,9 +3,10 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help setup demo test slow lint fix types bench clean
+.PHONY: help setup demo runs test slow lint fix types bench clean
 help:
-	@echo "make demo    train, evaluate and extract on generated rooms; writes runs/demo/report.html"
+	@echo "make demo    score the pretrained model, cut one task out, train a little; writes runs/demo/report.html"
+	@echo "make runs    train the controls of the pretrained model that are still missing; writes docs/controls.md"
 	@echo "make test    the test suite (CPU, no network)"
 	@echo "make slow    the test suite with the minutes-long tests"
 	@echo "make lint    ruff            make fix    let ruff mend and format"
@@ -19,10 +20,14 @@ $(READY): constraints.txt pyproject.toml $(wildcard tools/cpu-torchvision/*)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" ./tools/cpu-torchvision
 	@touch $@
 
+CONTROLS := benchmarks/controls
 demo: $(READY)
-	@[ ! -f runs/demo/results.json ] || rm -rf runs/demo  # a finished demo starts anew, a killed one goes on
-	@[ -f runs/demo/model.safetensors ] || $(PY) train.py procroom_demo --trainer.out=runs/demo
-	$(PY) eval.py runs/demo --limit=1024 --report=runs/demo/report.html
+	$(PY) eval.py m3vit_micro.procroom --out=runs/demo/results.json --report=runs/demo/report.html \
+		--baseline=$(CONTROLS)/single_task_micro.steps.s0.json --baseline=$(CONTROLS)/shared_bottom_micro.steps.s0.json
+	$(PY) train.py procroom_demo --trainer.out=runs/demo/train --trainer.overwrite=true
+
+runs: $(READY)
+	$(PY) $(CONTROLS).py
 
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist=worksteal
