@@ -21,9 +21,9 @@ $(READY): constraints.txt pyproject.toml $(wildcard tools/cpu-torchvision/*)
 	@touch $@
 
 CONTROLS := benchmarks/controls
+BASELINES := $(wildcard $(CONTROLS)/single_task_micro.steps.s0.json $(CONTROLS)/shared_bottom_micro.steps.s0.json)
 demo: $(READY)
-	$(PY) eval.py m3vit_micro.procroom --out=runs/demo/results.json --report=runs/demo/report.html \
-		--baseline=$(CONTROLS)/single_task_micro.steps.s0.json --baseline=$(CONTROLS)/shared_bottom_micro.steps.s0.json
+	$(PY) eval.py m3vit_micro.procroom --out=runs/demo/results.json --report=runs/demo/report.html $(BASELINES:%=--baseline=%)
 	$(PY) train.py procroom_demo --trainer.out=runs/demo/train --trainer.overwrite=true
 
 runs: $(READY)

@@ -104,7 +104,7 @@ def moe_mlp_backward(
     return run(dy, x, z, w1, w2, b2, gates, order, inverse, offsets, bounds, activation, glu, need)
 
 
-def _hidden(z: Tensor, out: Tensor, activation: str, glu: bool) -> Tensor:
+def activate(z: Tensor, out: Tensor, activation: str, glu: bool) -> Tensor:
     """act(z), or act(first half) * second half, into out."""
     value = ACTIVATIONS[activation][0]
     if not glu:
@@ -113,8 +113,8 @@ def _hidden(z: Tensor, out: Tensor, activation: str, glu: bool) -> Tensor:
     return value(gate, out).mul_(up)
 
 
-def _hidden_backward(da: Tensor, z: Tensor, out: Tensor, activation: str, glu: bool) -> Tensor:
-    """The gradient of `_hidden` for the incoming da, into out, which may be da itself when there is no gate half."""
+def activate_backward(da: Tensor, z: Tensor, out: Tensor, activation: str, glu: bool) -> Tensor:
+    """The gradient of `activate` for the incoming da, into out, which may be da itself when there is no gate half."""
     value, derivative = ACTIVATIONS[activation]
     if not glu:
         return derivative(da, z, out)
@@ -125,15 +125,18 @@ def _hidden_backward(da: Tensor, z: Tensor, out: Tensor, activation: str, glu: b
     return out
 
 
-def _linear(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
+def linear(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
+    """x w^T + b of [rows, in], [o, in] and [o], into out."""
     return torch.mm(x, w.t(), out=out) if b is None else torch.addmm(b, x, w.t(), out=out)
 
 
-def _linear_padded(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
+def linear_padded(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
+    """x w^T + b of [e, rows, in], [e, o, in] and [e, o], into out."""
     return torch.bmm(x, w.mT, out=out) if b is None else torch.baddbmm(b[:, None], x, w.mT, out=out)
 
 
-def _unbind(bias: Tensor | None, experts: int) -> tuple[Tensor | None, ...]:
+def unbind(bias: Tensor | None, experts: int) -> tuple[Tensor | None, ...]:
+    """The bias of every expert, as many None where there is none."""
     return (None,) * experts if bias is None else bias.unbind()
 
 
@@ -151,14 +154,14 @@ def _forward_segments(x, w1, b1, w2, b2, gates, order, inverse, offsets, bounds,
     # Buffers one expert long stay in cache and are not paged in anew for every expert.
     xs_buffer, h_buffer = x.new_empty(most, x.shape[1]), x.new_empty(most, hidden)
     z_buffer = None if save else x.new_empty(most, w1.shape[1])
-    weights = zip(w1.unbind(), _unbind(b1, experts), w2.unbind(), _unbind(b2, experts), strict=True)
+    weights = zip(w1.unbind(), unbind(b1, experts), w2.unbind(), unbind(b2, experts), strict=True)
     for start, stop, (w1_e, b1_e, w2_e, b2_e) in zip(bounds, bounds[1:], weights, strict=False):
         if (rows := stop - start) == 0:
             continue
         xs = torch.index_select(x, 0, tokens[start:stop], out=xs_buffer[:rows])
-        z_e = _linear(xs, w1_e, b1_e, z[start:stop] if save else z_buffer[:rows])
-        h = _hidden(z_e, h_buffer[:rows], activation, glu)
-        _linear(h, w2_e, b2_e, ys[start:stop])
+        z_e = linear(xs, w1_e, b1_e, z[start:stop] if save else z_buffer[:rows])
+        h = activate(z_e, h_buffer[:rows], activation, glu)
+        linear(h, w2_e, b2_e, ys[start:stop])
     if used < m * k:
         ys[used:].zero_()
         z[used:].zero_()
@@ -182,7 +185,7 @@ def _backward_segments(dy, x, z, w1, w2, b2, gates, order, inverse, offsets, bou
     da_buffer, h_buffer = dy.new_empty(most, hidden), dy.new_empty(most, hidden)
     dz_buffer = dy.new_empty(most, wide) if glu and need_z else None
     product = dy.new_empty(most, hidden) if need_gates else None
-    w1, w2, b2 = w1.unbind(), w2.unbind(), _unbind(b2, experts)
+    w1, w2, b2 = w1.unbind(), w2.unbind(), unbind(b2, experts)
     for e, (start, stop) in enumerate(pairwise(bounds)):
         if (rows := stop - start) == 0:
             for grad in (dw1, db1, dw2, db2):
@@ -194,7 +197,7 @@ def _backward_segments(dy, x, z, w1, w2, b2, gates, order, inverse, offsets, bou
         if need_z or need_gates:
             da = torch.mm(g, w2[e], out=da_buffer[:rows])
         if need_w2 or need_gates:
-            h = _hidden(z_e, h_buffer[:rows], activation, glu)
+            h = activate(z_e, h_buffer[:rows], activation, glu)
         if need_gates:
             dp_e = torch.sum(torch.mul(da, h, out=product[:rows]), 1, dtype=dp.dtype, out=dp[start:stop])
             if b2[e] is not None:
@@ -206,7 +209,7 @@ def _backward_segments(dy, x, z, w1, w2, b2, gates, order, inverse, offsets, bou
         if need_w2:
             torch.mm(g.t(), h, out=dw2[e])
         if need_z:
-            dz = _hidden_backward(da.mul_(p_e), z_e, dz_buffer[:rows] if glu else da, activation, glu)
+            dz = activate_backward(da.mul_(p_e), z_e, dz_buffer[:rows] if glu else da, activation, glu)
         if need_b1:
             torch.sum(dz, 0, out=db1[e])
         if need_w1:
@@ -245,11 +248,11 @@ def _forward_padded(x, w1, b1, w2, b2, gates, order, inverse, offsets, bounds, a
     filled, rows, place, slots = _pad(offsets, bounds, inverse)
     c = filled.shape[1]
     xs = x.index_select(0, order.index_select(0, rows) // k).view(experts, c, -1)
-    z = _linear_padded(xs, w1, b1, x.new_empty(experts, c, w1.shape[1]))
-    h = _hidden(z, x.new_empty(experts, c, w2.shape[2]), activation, glu)
+    z = linear_padded(xs, w1, b1, x.new_empty(experts, c, w1.shape[1]))
+    h = activate(z, x.new_empty(experts, c, w2.shape[2]), activation, glu)
     spare = used < inverse.shape[0]
     ys = x.new_empty(experts * c + spare, w2.shape[1])
-    _linear_padded(h, w2, b2, ys[: experts * c].view(experts, c, -1))
+    linear_padded(h, w2, b2, ys[: experts * c].view(experts, c, -1))
     if spare:
         ys[-1].zero_()
     y = combine(ys, slots, k, _slot_gates(gates, inverse, used).to(x.dtype))
@@ -278,7 +281,7 @@ def _backward_padded(dy, x, z, w1, w2, b2, gates, order, inverse, offsets, bound
     g = dy.index_select(0, tokens).view(experts, c, -1)
     z = z.index_select(0, rows).view(experts, c, wide)
     if need_w2 or need_gates:
-        h = _hidden(z, torch.empty(experts, c, hidden, dtype=z.dtype, device=z.device), activation, glu)
+        h = activate(z, torch.empty(experts, c, hidden, dtype=z.dtype, device=z.device), activation, glu)
     if need_z or need_gates:
         da = torch.bmm(g, w2)
     if need_gates:
@@ -296,7 +299,7 @@ def _backward_padded(dy, x, z, w1, w2, b2, gates, order, inverse, offsets, bound
     if need_w2:
         dw2 = torch.bmm(g.mT, h)
     if need_z:
-        dz = _hidden_backward(da.mul_(p), z, torch.empty_like(z) if glu else da, activation, glu)
+        dz = activate_backward(da.mul_(p), z, torch.empty_like(z) if glu else da, activation, glu)
     if need_b1:
         db1 = dz.sum(1)
     if need_w1:
@@ -320,9 +323,9 @@ def grouped_linear(x: Tensor, w: Tensor, b: Tensor | None, order: Tensor, invers
     bounds, groups = offsets.tolist(), w.shape[0]
     xs = x.index_select(0, order)
     ys = x.new_empty(x.shape[0], w.shape[1])
-    for start, stop, w_e, b_e in zip(bounds, bounds[1:], w.unbind(), _unbind(b, groups), strict=False):
+    for start, stop, w_e, b_e in zip(bounds, bounds[1:], w.unbind(), unbind(b, groups), strict=False):
         if stop > start:
-            _linear(xs[start:stop], w_e, b_e, ys[start:stop])
+            linear(xs[start:stop], w_e, b_e, ys[start:stop])
     ys[bounds[-1] :].zero_()
     return ys.index_select(0, inverse)
 

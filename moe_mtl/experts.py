@@ -74,10 +74,12 @@ class ExpertBank(nn.Module):
     def forward(self, x: Tensor, routing: Routing, *, backend: str = "auto") -> Tensor:
         """Runs each token through its experts.
 
+        Under `torch.export` the graph holds plain torch operations alone, for any number of tokens.
+
         Args:
             x: tokens [m, d].
             routing: what the gate returned for these tokens. Rows where `valid` is False give zero and no gradient.
-            backend: as in `moe_mtl.kernels.ops.moe_mlp`.
+            backend: as in `moe_mtl.kernels.ops.routed_mlp`.
 
         Returns:
             y [m, o].
@@ -98,15 +100,14 @@ class ExpertBank(nn.Module):
         gates = routing.weights
         if gates.dtype in (torch.bfloat16, torch.float16):
             gates = gates.float()
-        plan = ops.plan_routing(idx, self.num_experts)
-        return ops.moe_mlp(
+        return ops.routed_mlp(
             x,
             self.w1,
             self.b1,
             self.w2,
             self.b2,
             gates,
-            plan,
+            idx,
             activation=self.activation,
             glu=self.glu,
             backend=backend,

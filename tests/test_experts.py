@@ -65,6 +65,23 @@ def test_padding_gives_zero_and_takes_no_gradient(dense):
         torch.testing.assert_close(a, p.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [2, 5, None])
+def test_without_gradient_it_computes_the_same(k, dtype):
+    """Whatever stands in padding rows; weights in the bank's precision, gates in any."""
+    bank, valid = ExpertBank(5, 16, 24, glu=True, activation="silu").to(dtype), torch.arange(21) % 3 > 0
+    x, tolerance = torch.randn(21, 16, dtype=dtype), {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {}
+    x[~valid] = torch.nan
+    routing = route(21, 5, k or 5, valid=valid, dtype=dtype)
+    if k is None:
+        routing = Routing(routing.dense_weights(), None, routing.logits, 0, valid)
+    expected = bank(x, routing)
+    with torch.no_grad():
+        y = bank(x, routing)
+    assert expected.requires_grad and y.dtype == dtype and y[~valid].eq(0).all() and y[valid].ne(0).any(1).all()
+    torch.testing.assert_close(y, expected, **tolerance)
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_every_parameter_and_the_router_get_a_gradient(k):
     bank, x = ExpertBank(4, 8, 12), torch.randn(64, 8)
@@ -148,6 +165,7 @@ def test_exports_with_its_routing():
     with torch.no_grad():
         shapes = ({0: torch.export.Dim("m", min=1)},)
         program = torch.export.export(layer, (torch.randn(37, 8),), dynamic_shapes=shapes)
+        assert not [node for node in program.graph.nodes if "moe_mtl" in str(node.target)]  # plain torch alone
         for m in (1, 50):
             x = torch.randn(m, 8)
             torch.testing.assert_close(program.module()(x), layer(x))

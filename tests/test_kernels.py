@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_mtl.kernels import cpu, ops, reference
+from moe_mtl.kernels import cpu, grouped_linear, inference, ops, reference
+from moe_mtl.kernels import plan as tables
 from moe_mtl.testing import assert_matches
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PATHS = {"segments": -(10**9), "padded": 10**9}
 
 
@@ -144,8 +146,8 @@ def test_plan_invariants(data, m, k, e, dtype):
     assert order.tolist() == expected
     assert inverse[order.long()].tolist() == list(range(m * k))
     assert offsets.tolist() == [sum(0 <= i < bound for i in ids) for bound in range(e + 1)]
-    assert ops._ids(ops.Plan(order, inverse, offsets)).tolist() == ids
-    assert all(map(torch.equal, (order, inverse, offsets), ops._plan_op(idx, e)))
+    assert tables.slot_ids(ops.Plan(order, inverse, offsets)).tolist() == ids
+    assert all(map(torch.equal, (order, inverse, offsets), tables._plan_op(idx, e)))
 
 
 @pytest.mark.parametrize("bad", [3, -2, 100])
@@ -157,7 +159,7 @@ def test_plan_refuses_ids_out_of_range(bad):
 # --- moe_mlp against the oracle ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("m", "e", "k"), [(1, 5, 2), (7, 7, 3), (63, 5, 1), (97, 7, 7), (97, 13, 4), (7, 1, 1), (1, 3, 3), (63, 2, 2)]
 )
@@ -190,7 +192,7 @@ def test_only_the_needed_gradients(path, which, glu):
             torch.testing.assert_close(t.grad, every[i])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_unused_slots_and_duplicates(path, dtype):
     idx = torch.randint(-1, 5, (41, 4))
     idx[0], idx[1], idx[2] = -1, 3, torch.tensor([2, 2, -1, 2])
@@ -314,10 +316,184 @@ def test_uninitialised_memory_is_never_read(path):
         torch.use_deterministic_algorithms(False)
 
 
+# --- without gradient, from ids ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["dense", "grouped", "loop"])
+def way(request, monkeypatch):
+    """A function with the oracle's arguments that runs one of the ways of inference.py."""
+    if request.param == "loop":
+        monkeypatch.setattr(inference, "GROUPED_MM_ROWS", -1)
+    body = inference.dense if request.param == "dense" else inference.grouped
+
+    @torch.no_grad()
+    def run(*args, activation="gelu", glu=False):
+        return body(*args, activation, glu)
+
+    return run
+
+
+def check_forward(way, leaves, idx, **options):
+    """The result under the tolerance rule, several draws of tokens and gates pooled."""
+    pools = [], [], []
+    inputs = [t if t is None else t.detach() for t in leaves]
+    for _ in range(16 if idx.shape[0] < 16 else 4):
+        exact = [t if t is None else t.double() for t in inputs]
+        pools[0].append(way(*inputs, idx, **options))
+        pools[1].append(reference.moe_mlp(*exact, idx, **options))
+        pools[2].append(reference.moe_mlp(*inputs, idx, **options))
+        inputs = [torch.randn_like(inputs[0]), *inputs[1:5], torch.rand_like(inputs[5])]
+    assert_matches(*map(torch.stack, pools))
+    return pools[0][0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "e", "k"), [(1, 5, 2), (7, 7, 3), (63, 5, 1), (97, 7, 7), (97, 13, 4), (7, 1, 1), (1, 3, 3)]
+)
+def test_ways_match_the_oracle(way, dtype, m, e, k):
+    check_forward(way, *make(m, 16, 24, 9, e, k, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu"])
+@pytest.mark.parametrize("glu", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_ways_do_every_form_of_expert(way, dtype, activation, glu, bias):
+    leaves, idx = make(63, 16, 24, 11, 5, 2, glu=glu, bias=bias, dtype=dtype)
+    check_forward(way, leaves, idx, activation=activation, glu=glu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ways_with_unused_slots_and_duplicates(way, dtype):
+    idx = torch.randint(-1, 5, (41, 4), dtype=torch.int32)
+    idx[0], idx[1], idx[2] = -1, 3, torch.tensor([2, 2, -1, 2])
+    leaves, _ = make(41, 16, 24, 9, 5, 4, dtype=dtype)
+    assert check_forward(way, leaves, idx)[0].eq(0).all()
+    assert check_forward(way, leaves, torch.full((41, 4), -1)).eq(0).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_ways_never_let_an_unchosen_value_in(way, value):
+    """Unchosen experts, and tokens and gates in unused slots, may hold anything."""
+    idx = torch.tensor([0, 2, 4])[torch.randint(3, (30, 2))]
+    idx[3:6], idx[9, 1] = -1, -1
+    leaves, idx = make(30, 16, 24, 9, 6, 2, idx=idx)
+    clean = [t.detach().clone() for t in leaves]
+    dirty = [t.clone() for t in clean]
+    for t in dirty[1:5]:
+        t[[1, 3, 5]] = value
+    dirty[0][3:6], dirty[5][3:6], dirty[5][9, 1] = value, value, value
+    y = way(*clean, idx)
+    assert y.ne(0).any(1).sum() == 27 and torch.equal(way(*dirty, idx), y)
+    dirty[0][0] = torch.nan
+    assert torch.equal(way(*dirty, idx).isnan().any(1).nonzero(), torch.tensor([[0]]))
+    dirty[4][4] = torch.nan
+    assert torch.equal(way(*dirty, idx).isnan().any(1), (idx == 4).any(1) | (torch.arange(30) == 0))
+
+
+def test_ways_take_strided_and_unaligned_inputs(way):
+    e, k, m, d, h, o = 5, 3, 17, 8, 12, 6
+    x = torch.randn(2 * m, 2 * d)[::2, ::2]
+    w2 = torch.randn(e * o * h + 1)[1:].view(e, o, h)  # where no vector load starts
+    b1, b2 = torch.randn(h, e).t(), torch.randn(e, 2 * o)[:, :o]
+    gates, idx = torch.rand(m, 1).expand(m, k), torch.rand(e, m).topk(k, 0).indices.t()
+    assert w2.data_ptr() % 16 and not any(t.is_contiguous() for t in (x, b1, b2, gates, idx))
+    for w1 in (torch.randn(d, h, e).permute(2, 1, 0), torch.randn(e, 1, d).expand(e, h, d)):
+        check_forward(way, [x, w1, b1, w2, b2, gates], idx)
+    check_forward(way, *make(17, 5, 7, 3, 5, 3))  # rows that are not a multiple of 16 bytes long
+
+
+def test_ways_never_read_uninitialised_memory(way):
+    torch.use_deterministic_algorithms(True)
+    try:
+        leaves, idx = make(23, 16, 24, 9, 5, 3, glu=True, idx=torch.randint(-1, 4, (23, 3)))
+        check_forward(way, leaves, idx, glu=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("bad", [5, -2])
+def test_ways_refuse_ids_out_of_range(way, bad):
+    leaves, idx = make(20, 16, 24, 9, 5, 2)
+    idx[7, 1] = bad
+    with pytest.raises(ValueError, match=rf"idx: got ids .*{bad}.*expected 0\.\.4"):
+        way(*leaves, idx)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "e", "d", "h", "dtype", "threads", "expected"),
+    [
+        (64, 4, 16, 96, 96, torch.float32, 1, "grouped"),
+        (64, 4, 16, 96, 96, torch.float32, 2, "grouped"),  # products of 16 rows are too small to share
+        (64, 4, 4, 96, 96, torch.float32, 2, "dense"),  # nothing to choose
+        (2, 4, 16, 96, 96, torch.float32, 1, "dense"),  # hardly anything to compute
+        (2, 4, 16, 768, 3072, torch.float32, 1, "grouped"),  # reading eight more experts takes longer than a sort
+        (64, 4, 16, 96, 96, torch.bfloat16, 1, "dense"),  # products of two-byte numbers start slowly
+        (2048, 4, 16, 96, 96, torch.float32, 1, None),  # the rows leave the cache
+        (256, 4, 16, 192, 192, torch.float32, 1, "grouped"),
+        (256, 4, 16, 192, 192, torch.float32, 2, None),  # products of 64 rows are worth sharing
+        (1 << 20, 4, 4, 96, 96, torch.float32, 1, None),  # too much memory
+        (0, 4, 16, 96, 96, torch.float32, 1, None),
+    ],
+)
+def test_the_choice_of_way(m, k, e, d, h, dtype, threads, expected):
+    w1, w2 = torch.empty(e, h, d, dtype=dtype, device="meta"), torch.empty(e, d, h, dtype=dtype, device="meta")
+    got = inference.choose(m, k, w1, w2, threads)
+    assert got is (None if expected is None else getattr(inference, expected))
+
+
+def test_small_products_run_on_one_thread(monkeypatch):
+    seen = []
+    monkeypatch.setattr(inference, "_grouped", lambda *args: seen.append(torch.get_num_threads()) or 1 // args[0])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        inference.grouped(1)
+        with pytest.raises(ZeroDivisionError):
+            inference.grouped(0)
+        assert seen == [1, 1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_routed_mlp_is_moe_mlp(monkeypatch, k):
+    """The same numbers by every route: with gradient, without, counted, under autocast, by the oracle."""
+    leaves, idx = make(30, 16, 24, 9, 5, k, idx=torch.randint(-1, 5, (30, k)))
+    plan, cotangent = ops.plan_routing(idx, 5), torch.randn(30, 9)
+    taken = []
+    for name in ("dense", "grouped"):
+        body = getattr(inference, name)
+        monkeypatch.setattr(inference, name, lambda *args, name=name, body=body: taken.append(name) or body(*args))
+    planned = differentiate(lambda ts: ops.moe_mlp(*ts, plan), leaves, cotangent)
+    assert all(map(torch.equal, planned, differentiate(lambda ts: ops.routed_mlp(*ts, idx), leaves, cotangent)))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        assert torch.equal(ops.routed_mlp(*leaves, idx), planned[0])
+    assert counter.get_total_flops() == 2 * 30 * k * 24 * (16 + 9)
+    torch.testing.assert_close(ops.routed_mlp(*leaves, idx, backend="reference"), planned[0])
+    assert taken == []
+    with torch.no_grad():
+        torch.testing.assert_close(ops.routed_mlp(*leaves, idx), planned[0])
+        assert len(taken) == 1
+        assert torch.equal(ops.routed_mlp(*leaves, idx, backend="cpu"), planned[0])
+        frozen = [t.detach() for t in leaves]
+        with torch.enable_grad():
+            torch.testing.assert_close(ops.routed_mlp(*frozen, idx), planned[0])
+        with torch.autocast("cpu", torch.bfloat16):
+            low = ops.routed_mlp(*leaves, idx)
+        assert len(taken) == 3 and low.dtype == torch.bfloat16
+        torch.testing.assert_close(low.float(), planned[0], rtol=0.05, atol=0.05)
+        assert torch.equal(low, ops.routed_mlp(*(t.bfloat16() for t in leaves[:5]), leaves[5], idx))
+        wide = [t.detach().double() for t in leaves]
+        torch.testing.assert_close(ops.routed_mlp(*wide, idx).float(), planned[0])
+        assert ops.routed_mlp(*(t[:0] if i in (0, 5) else t for i, t in enumerate(leaves)), idx[:0]).shape == (0, 9)
+
+
 # --- grouped_linear ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("m", [0, 1, 63, 97])
 def test_grouped_linear_matches_the_oracle(dtype, bias, m):
@@ -410,7 +586,7 @@ def test_saved_bytes(path, glu):
     frozen = [t.detach() for t in (w1, b1, w2, b2)]
     assert saved(lambda: ops.moe_mlp(x, *frozen, gates, plan, glu=glu)) == kept  # only the gradient of w1 reads x
     with torch.no_grad():
-        assert ops._moe_mlp(*leaves, *plan, "gelu", glu, False, "cpu")[1].numel() == 0  # inference keeps nothing
+        assert ops._forward(*leaves, *plan, "gelu", glu, False, "cpu")[1].numel() == 0  # inference keeps nothing
 
 
 # --- torch contracts --------------------------------------------------------------------------------------------------
@@ -418,12 +594,12 @@ def test_saved_bytes(path, glu):
 
 def test_opcheck(path):
     leaves, idx = make(11, 4, 6, 3, 5, 2, idx=torch.randint(-1, 5, (11, 2)))
-    torch.library.opcheck(ops._plan_op, (idx, 5))
+    torch.library.opcheck(tables._plan_op, (idx, 5))
     plan = ops.plan_routing(idx, 5)
-    torch.library.opcheck(ops._moe_mlp_op, (*leaves, *plan, "silu", False, True, "cpu"))
+    torch.library.opcheck(ops._forward_op, (*leaves, *plan, "silu", False, True, "cpu"))
     ids = ops.plan_routing(torch.randint(3, (11, 1)), 3)
     w = torch.randn(3, 6, 4, requires_grad=True)
-    torch.library.opcheck(ops._grouped_linear_op, (leaves[0], w, None, *ids, "cpu"))
+    torch.library.opcheck(grouped_linear._forward_op, (leaves[0], w, None, *ids, "cpu"))
 
 
 class Layer(torch.nn.Module):
@@ -574,6 +750,19 @@ def test_bad_arguments_are_named(change, message):
     args["plan"] = ops.plan_routing(idx, 3)
     with pytest.raises(ValueError, match=message):
         ops.moe_mlp(**(args | change))
+
+
+def test_bad_ids_of_routed_mlp_are_named():
+    leaves, idx = make(6, 3, 4, 2, 3, 2)
+    for bad, message in (
+        (idx[:5], r"idx: got \[5, 2\] on cpu, but gates are \[6, 2\]"),
+        (idx.float(), "idx: .*int64"),
+        (idx + 3, "idx: got ids"),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            ops.routed_mlp(*leaves, bad)
+    with pytest.raises(ValueError, match=r"gates: .*m = 6"):
+        ops.routed_mlp(*leaves[:5], leaves[5][:5], idx)
 
 
 def test_bad_arguments_of_the_others_are_named():
