@@ -100,7 +100,7 @@ def test_overrides_are_typed_and_keep_the_rest(train):
     (["procroom_demo", "--trainer.lr=-1"], "expected lr > 0"),
     (["--trainer.steps=3"], "name a recipe first"),
     (["--config", "absent.yaml"], "absent.yaml"),
-    (["procroom_demo", "--trainer.balancer_args.inti=1"], "balancer 'equal' has no such option"),
+    (["procroom_demo", "--trainer.balancer_args.inti=1"], "balancer 'uncertainty' has no such option"),
     (["procroom_demo", "--trainer.regularizer_args.importance.per_taks=true"], "did you mean 'per_task'"),
     (["m3vit_micro_nyuv2", "--data.root=absent"], "absent"),
 ])  # fmt: skip
