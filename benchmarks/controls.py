@@ -8,8 +8,8 @@
 
 A run is a recipe, a budget and a seed. Budget "steps": as many updates as m3vit_micro_procroom. Budget "time": as many
 as fit into its training time, by the measured seconds per update without data loading, which favours cheap models.
-What a run leaves is one JSON in benchmarks/controls/; a run whose JSON exists is done. Checkpoints lie in runs/
-meanwhile.
+What a run leaves is one JSON in benchmarks/controls/; a run is done when its JSON is there and was made by the recipe
+as it stands, so changing a recipe or the number of steps asks for its runs again. Checkpoints lie in runs/ meanwhile.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from typing import Any
 
 from moe_mtl import checkpoint
 from moe_mtl.recipes import get_recipe
+from moe_mtl.trainer_config import FREE_TO_CHANGE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "controls"
@@ -94,13 +95,22 @@ def work_off(seeds: int, workers: int) -> None:
     """Does every run that is still missing, in order, `workers` at a time."""
     if not COST.is_file():
         raise FileNotFoundError(f"{COST} is missing; measure it first: python benchmarks/controls.py cost")
-    left = [run for run in runs(seeds) if not run.result.is_file()]
+    left = [run for run in runs(seeds) if not (run.result.is_file() and current(json.loads(run.result.read_text())))]
     print(f"{len(left)} of {len(runs(seeds))} runs to do: {', '.join(run.name for run in left) or 'none'}", flush=True)
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     with ThreadPoolExecutor(workers) as pool:
         failed = [name for name in pool.map(partial(attempt, threads=threads), left) if name]
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}; what they said is in output.txt of their folders")
+
+
+def current(record: Mapping[str, Any]) -> bool:
+    """Whether a record was made by its recipe as it stands now, with the updates its budget asks for."""
+    run = Run(record["recipe"], record["budget"], record["seed"])
+    recipe = json.loads(json.dumps(get_recipe(run.recipe).to_dict()))
+    recipe["trainer"] |= {"steps": run.steps(), "seed": run.seed}
+    changed = {path for path, _, _ in checkpoint.differences(record["config"], recipe)}
+    return record["steps"] == run.steps() and changed <= FREE_TO_CHANGE - {"trainer.steps"}
 
 
 def attempt(run: Run, threads: int) -> str | None:
@@ -149,7 +159,7 @@ def summary(run: Run, folder: Path) -> dict[str, Any]:
         "budget": run.budget,
         "seed": run.seed,
         "steps": run.steps(),
-        "batch_size": results["recipe"]["trainer"]["batch_size"],
+        "config": results["recipe"],
         "training_seconds": [record["seconds"] for record in log if "seconds" in record][-1],
         "model": {key: results["model"][key] for key in ("name", "args", "parameters")},
         "flops_all": rows[0]["flops"],
@@ -222,7 +232,7 @@ def main(argv: Sequence[str]) -> None:
         work_off(given.seeds, given.workers)
     from controls_table import write_tables
 
-    write_tables(RESULTS, ROOT / "docs")
+    write_tables(RESULTS, ROOT / "docs", current)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,15 @@ LABELS = {
 BUDGETS = {"steps": "updates", "time": "training time"}
 
 
-def read(folder: Path) -> dict[Key, list[Record]]:
-    """The records of all runs by recipe and budget, seeds ascending."""
+def read(folder: Path, current: Callable[[Record], bool]) -> dict[Key, list[Record]]:
+    """The records of all runs by recipe and budget, seeds ascending; those of older recipes are left out."""
     found: dict[Key, list[Record]] = defaultdict(list)
     for path in sorted(folder.glob("*.s*.json")):
         record = json.loads(path.read_text())
-        found[record["recipe"], record["budget"]].append(record)
+        if current(record):
+            found[record["recipe"], record["budget"]].append(record)
+        else:
+            print(f"left out: {path.name} was made by an older recipe")
     order = list(LABELS)
     return dict(sorted(found.items(), key=lambda item: (item[0][1], order.index(item[0][0]))))
 
@@ -203,7 +206,7 @@ def page(runs: Mapping[Key, Sequence[Record]], cost: Record) -> str:
 
 Written by `python benchmarks/controls.py table` from the files in `benchmarks/controls/`; `make runs` makes those.
 
-{reference["steps"]} updates of {reference["batch_size"]} generated images of {size}x{size} pixels with all
+{reference["steps"]} updates of {trainer.batch_size} generated images of {size}x{size} pixels with all
 {len(reference["tasks"])} tasks in each, AdamW, peak learning rate {trainer.lr:g}: the same recipe for every model.
 Scored on {data["samples"]} images of the split "{data["split"]}", on which nothing was chosen. delta_task is the mean
 over tasks of the mean relative gain of a task's metrics, in percent; higher is better. Training time is updates times
@@ -234,9 +237,9 @@ m3vit_micro. Made with moe_mtl {versions["moe_mtl"]}, torch {versions["torch"]}.
 """
 
 
-def write_tables(results: Path, docs: Path) -> None:
-    """Writes both files, or says what is still missing."""
-    runs = read(results)
+def write_tables(results: Path, docs: Path, current: Callable[[Record], bool]) -> None:
+    """Writes both files out of the records that are `current`, or says what is still missing."""
+    runs = read(results, current)
     lacking = [recipe for recipe in (REFERENCE, SINGLE, SHARED) if (recipe, "steps") not in runs]
     if lacking:
         print(f"no table yet: {', '.join(lacking)} at equal updates must be there")

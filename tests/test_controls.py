@@ -35,7 +35,7 @@ def record(recipe, budget="steps", seed=0, error=1.0, accuracy=0.5, layers=()):
         "budget": budget,
         "seed": seed,
         "steps": 10 if budget == "steps" else 30,
-        "batch_size": 16,
+        "config": get_recipe(recipe).to_dict(),
         "training_seconds": 5.0,
         "model": {"name": recipe, "args": {}, "parameters": 2_000_000},
         "flops_all": 9e6,
@@ -81,7 +81,7 @@ def results(tmp_path):
 
 
 def test_gains_and_their_spread_are_those_of_the_records(results, tmp_path):
-    table.write_tables(results, tmp_path / "docs")
+    table.write_tables(results, tmp_path / "docs", lambda record: True)
     text = (tmp_path / "docs" / "controls.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith(f"| {table.LABELS[table.REFERENCE]}")]
     # depth +10 % and +30 %, scene +10 %: delta_task 10 and 20
@@ -97,7 +97,7 @@ def test_gains_and_their_spread_are_those_of_the_records(results, tmp_path):
 
 def test_no_table_without_the_baselines(results, tmp_path, capsys):
     (results / controls.Run(table.SINGLE, "steps", 0).result.name).unlink()
-    table.write_tables(results, tmp_path / "docs")
+    table.write_tables(results, tmp_path / "docs", lambda record: True)
     assert table.SINGLE in capsys.readouterr().out and not (tmp_path / "docs").exists()
 
 
@@ -117,13 +117,31 @@ def test_the_queue_names_each_run_once_and_every_recipe_has_a_label():
         get_recipe(recipe)
 
 
+def test_a_record_counts_only_for_the_recipe_that_made_it(results, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(controls, "COST", results / "seconds_per_update.json")
+    made = record(table.SHARED) | {"steps": get_recipe(table.SHARED).trainer.steps}
+    made["config"] = json.loads(json.dumps(made["config"]))
+    made["config"]["trainer"]["eval_every"] = 7  # what is logged changes nothing
+    assert controls.current(made)
+    for change in ({"trainer": {"lr": 0.5}}, {"model": {"args": {"dim": 8}}}, {"data": {"rho": 1.0}}):
+        ((part, fields),) = change.items()
+        other = made | {"config": made["config"] | {part: made["config"][part] | fields}}
+        assert not controls.current(other)
+    assert not controls.current(made | {"steps": made["steps"] + 1})
+    table.write_tables(results, tmp_path / "docs", lambda entry: entry["recipe"] != table.SINGLE)
+    out = capsys.readouterr().out
+    assert "left out: single_task_micro.steps.s0.json" in out and not (tmp_path / "docs").exists()
+
+
 def test_runs_that_left_a_result_are_not_done_again(results, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(controls, "RESULTS", results)
+    monkeypatch.setattr(controls, "current", lambda record: record["budget"] == "steps")
     monkeypatch.setattr(controls, "COST", results / "seconds_per_update.json")
     done = []
     monkeypatch.setattr(controls, "do", lambda run, threads: done.append(run.name))
     controls.work_off(seeds=1, workers=1)
-    assert len(done) == len(controls.QUEUE) - 4
+    assert len(done) == len(controls.QUEUE) - 3
+    assert "shared_bottom_micro.time.s0" in done  # its record is not current
     assert "m3vit_micro.steps.s0" not in done and "m3vit_micro_last.time.s0" in done
     (results / "seconds_per_update.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"controls\.py cost"):
