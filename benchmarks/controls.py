@@ -8,6 +8,7 @@
 
 A run is a recipe, a budget and a seed. Budget "steps": as many updates as m3vit_micro_procroom. Budget "time": as many
 as fit into its training time, by the measured seconds per update without data loading, which favours cheap models.
+Budget "long": as many as the shared bottom's in that time, which brings the costly models nearer to convergence.
 What a run leaves is one JSON in benchmarks/controls/; a run is done when its JSON is there and was made by the recipe
 as it stands, so changing a recipe or the number of steps asks for its runs again. Checkpoints lie in runs/ meanwhile.
 """
@@ -34,7 +35,7 @@ RESULTS = ROOT / "benchmarks" / "controls"
 COST = RESULTS / "seconds_per_update.json"
 REFERENCE = "m3vit_micro_procroom"  # whose steps and training time are the budgets
 SINGLE, SHARED = "single_task_micro_procroom", "shared_bottom_micro_procroom"
-BUDGETS = {"steps": "updates", "time": "training time"}
+BUDGETS = {"steps": "updates", "time": "training time", "long": "updates, long"}
 # in the order of their worth: the first seed of all, then the second of all
 QUEUE = (
     (REFERENCE, "steps"),
@@ -51,7 +52,8 @@ QUEUE = (
     ("m3vit_micro_last_procroom", "steps"),
     ("m3vit_micro_decoder_procroom", "steps"),
     ("m3vit_micro_blind_procroom", "time"),
-    (SINGLE, "time"),
+    (REFERENCE, "long"),
+    (SINGLE, "long"),
 )
 RECIPES = tuple(dict.fromkeys(recipe for recipe, _ in QUEUE))
 
@@ -79,6 +81,8 @@ class Run:
         steps = get_recipe(REFERENCE).trainer.steps
         if self.budget == "steps":
             return steps
+        if self.budget == "long":
+            return Run(SHARED, "time", self.seed).steps()
         seconds = json.loads(COST.read_text())["seconds"]
         return round(steps * seconds[REFERENCE] / seconds[self.recipe])
 

@@ -20,7 +20,7 @@ Key = tuple[str, str]  # recipe and budget
 
 REFERENCE, SINGLE, SHARED = "m3vit_micro_procroom", "single_task_micro_procroom", "shared_bottom_micro_procroom"
 LABELS = {
-    REFERENCE: "m3vit_micro: experts in blocks 2, 4, 6",
+    REFERENCE: "m3vit_micro: experts in every second block",
     "m3vit_micro_last_procroom": "m3vit_micro: experts in the last block",
     "m3vit_micro_decoder_procroom": "m3vit_micro: experts in a decoder block",
     "m3vit_micro_blind_procroom": "task-blind router",
@@ -30,7 +30,12 @@ LABELS = {
     "shared_bottom_micro_wide_procroom": "shared bottom, same total parameters",
     SINGLE: "single-task models, same width",
 }
-BUDGETS = {"steps": "updates", "time": "training time"}
+BUDGETS = {"steps": "updates", "time": "training time", "long": "updates, long"}
+KINDS: dict[str, Callable[[Task], bool]] = {
+    "all": lambda task: True,
+    "per pixel": lambda task: task.kind != "classification",
+    "per image": lambda task: task.kind == "classification",
+}
 
 
 def read(folder: Path, current: Callable[[Record], bool]) -> dict[Key, list[Record]]:
@@ -42,8 +47,15 @@ def read(folder: Path, current: Callable[[Record], bool]) -> dict[Key, list[Reco
             found[record["recipe"], record["budget"]].append(record)
         else:
             print(f"left out: {path.name} was made by an older recipe")
-    order = list(LABELS)
-    return dict(sorted(found.items(), key=lambda item: (item[0][1], order.index(item[0][0]))))
+    if (SHARED, "time") in found and any(budget == "long" for _, budget in found):
+        found[SHARED, "long"] = found[SHARED, "time"]  # by definition of "long"
+    order, budgets = list(LABELS), list(BUDGETS)
+    return dict(sorted(found.items(), key=lambda item: (budgets.index(item[0][1]), order.index(item[0][0]))))
+
+
+def single(runs: Mapping[Key, Sequence[Record]], budget: str) -> Sequence[Record]:
+    """The single-task models to compare with: of the same updates where more were made, else those of equal updates."""
+    return runs.get((SINGLE, budget), runs[SINGLE, "steps"]) if budget == "long" else runs[SINGLE, "steps"]
 
 
 def mean_metrics(records: Sequence[Record]) -> dict[str, dict[str, float]]:
@@ -55,10 +67,11 @@ def mean_metrics(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     }
 
 
-def gains(records: Sequence[Record], baseline: Sequence[Record]) -> list[dict[str, Any]]:
-    """`multi_task_gain` of every seed against the baseline's mean over seeds."""
+def gains(records: Sequence[Record], baseline: Sequence[Record], kinds: str = "all") -> list[dict[str, Any]]:
+    """`multi_task_gain` of every seed against the baseline's mean over seeds, on the tasks of some kinds."""
     tasks, base = [Task.from_dict(task) for task in records[0]["tasks"]], mean_metrics(baseline)
-    return [multi_task_gain(record["metrics"], base, tasks) for record in records]
+    chosen = [task for task in tasks if KINDS[kinds](task)]
+    return [multi_task_gain(record["metrics"], base, chosen) for record in records]
 
 
 def spread(values: Sequence[float], digits: int, sign: bool = False) -> str:
@@ -80,16 +93,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def quality(runs: Mapping[Key, Sequence[Record]], seconds: Mapping[str, float]) -> str:
     """Gain over the baselines beside what training and running cost, one part per budget."""
-    single, parts = runs[SINGLE, "steps"], []
+    parts = []
     for budget, what in BUDGETS.items():
-        rows = []
+        rows, alone = [], single(runs, budget)
         for (recipe, own), records in runs.items():
             if own != budget:
                 continue
-            one, over_single = records[0], gains(records, single)
+            one, over_single = records[0], gains(records, alone)
             over_shared = gains(records, runs[SHARED, budget]) if (SHARED, budget) in runs else None
             images, time = one["data"]["samples"], one["steps"] * seconds[recipe]
-            assert images == single[0]["data"]["samples"]
+            assert images == alone[0]["data"]["samples"]
             rows.append([
                 LABELS[recipe],
                 str(one["steps"]),
@@ -129,8 +142,8 @@ def per_task(runs: Mapping[Key, Sequence[Record]]) -> str:
     names = [task["name"] for task in runs[SINGLE, "steps"][0]["tasks"]]
     rows = []
     for (recipe, budget), records in runs.items():
-        if (recipe, budget) != (SINGLE, "steps"):
-            found = gains(records, runs[SINGLE, "steps"])
+        if records is not (alone := single(runs, budget)):
+            found = gains(records, alone)
             values = [spread([gain["per_task"][name] for gain in found], 1, sign=True) for name in names]
             rows.append([LABELS[recipe], BUDGETS[budget], *values])
     return table(["model", "equal", *names], rows)
@@ -138,17 +151,19 @@ def per_task(runs: Mapping[Key, Sequence[Record]]) -> str:
 
 def oracle(runs: Mapping[Key, Sequence[Record]]) -> str:
     """How much of the gap between single-task models and the shared bottom each kind of routing recovers."""
-    shared = runs[SHARED, "steps"]
-
-    def over(recipe: str) -> float:
-        return statistics.mean(gain["delta_task"] for gain in gains(runs[recipe, "steps"], shared))
-
-    gap, rows = over(SINGLE), []
-    for recipe in LABELS:
-        if (recipe, "steps") in runs and recipe != SHARED:
-            share = f"{100 * over(recipe) / gap:.0f} %" if gap > 0 and recipe != SINGLE else ""
-            rows.append([LABELS[recipe], f"{over(recipe):+.1f}", share])
-    return table(["model, equal updates", "delta_task over shared bottom, %", "of the single-task gap"], rows)
+    rows = []
+    for (recipe, budget), records in runs.items():
+        if budget == "time" or recipe == SHARED or (SHARED, budget) not in runs or (SINGLE, budget) not in runs:
+            continue
+        row = [LABELS[recipe], str(records[0]["steps"])]
+        for kinds in KINDS:
+            own, gap = (
+                statistics.mean(gain["delta_task"] for gain in gains(which, runs[SHARED, budget], kinds))
+                for which in (records, runs[SINGLE, budget])
+            )
+            row.append(f"{own:+.1f}" + (f" ({100 * own / gap:.0f} %)" if gap > 0 and recipe != SINGLE else ""))
+        rows.append(row)
+    return table(["model", "updates", *(f"tasks {kinds}" for kinds in KINDS)], rows)
 
 
 def routing(runs: Mapping[Key, Sequence[Record]]) -> str:
@@ -183,6 +198,8 @@ def front(runs: Mapping[Key, Sequence[Record]]) -> Figure:
     colours = {recipe: f"C{i}" for i, recipe in enumerate(LABELS)}
     for panel, (title, cost) in zip(axes, panels, strict=True):
         for (recipe, budget), records in runs.items():
+            if budget == "long":
+                continue
             values = [gain["delta_task"] for gain in gains(records, runs[SINGLE, "steps"])]
             filled = colours[recipe] if budget == "steps" else "none"
             marker = {"marker": "o", "s": 60, "facecolors": filled, "edgecolors": colours[recipe], "linewidths": 1.6}
@@ -207,11 +224,12 @@ def page(runs: Mapping[Key, Sequence[Record]], cost: Record) -> str:
 Written by `python benchmarks/controls.py table` from the files in `benchmarks/controls/`; `make runs` makes those.
 
 {reference["steps"]} updates of {trainer.batch_size} generated images of {size}x{size} pixels with all
-{len(reference["tasks"])} tasks in each, AdamW, peak learning rate {trainer.lr:g}: the same recipe for every model.
-Scored on {data["samples"]} images of the split "{data["split"]}", on which nothing was chosen. delta_task is the mean
-over tasks of the mean relative gain of a task's metrics, in percent; higher is better. Training time is updates times
-seconds per update, measured side by side without data loading on {cost["threads"]} thread(s), as a multiple of that of
-m3vit_micro. Made with moe_mtl {versions["moe_mtl"]}, torch {versions["torch"]}.
+{len(reference["tasks"])} tasks in each, AdamW, peak learning rate {trainer.lr:g}: the same recipe for every model, but
+for the learning rate of the single-task models, {get_recipe(SINGLE).trainer.lr:g}. Scored on {data["samples"]} images
+of the split "{data["split"]}", on which nothing was chosen. delta_task is the mean over tasks of the mean relative gain
+of a task's metrics, in percent; higher is better. Training time is updates times seconds per update, measured side by
+side without data loading on {cost["threads"]} thread(s), as a multiple of that of m3vit_micro. "Long" is as many
+updates as the shared bottom makes in that time. Made with moe_mtl {versions["moe_mtl"]}, torch {versions["torch"]}.
 
 ## Quality and cost
 
@@ -228,6 +246,9 @@ m3vit_micro. Made with moe_mtl {versions["moe_mtl"]}, torch {versions["torch"]}.
 {headline(runs)}
 
 ## Does routing by task recover what sharing loses?
+
+delta_task over the shared bottom in percent, by what a task predicts, and as a share of the single-task models' gain
+where they have one.
 
 {oracle(runs)}
 

@@ -7,8 +7,7 @@ interleaved rounds: a machine that slows down for a while slows every candidate,
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from moe_mtl.multitask import evaluating
 from moe_mtl.registry import create_model, list_models
 
 AGREES = 1e-3  # float32 sums in another order stay far below it
@@ -60,19 +60,6 @@ class Cost:
     relative_flops: float
     relative_parameters: float
     relative_seconds: float
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts every module in eval mode without gradients, and gives each its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_mtl.cost import evaluating
+from moe_mtl.multitask import evaluating
 from moe_mtl.routing import Routing
 from moe_mtl.tasks import Task
 

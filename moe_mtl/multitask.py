@@ -7,7 +7,8 @@ model(x, return_routing=True)    (predictions, {layer: Routing})
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,19 @@ def present_ids(x: Tensor, ids: Tensor, count: int) -> list[int]:
     if present[0] < 0 or present[-1] >= count:
         raise ValueError(f"tasks: ids {present[0]} to {present[-1]}, expected 0 to {count - 1}")
     return present
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts every module in eval mode without gradients, and gives each its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class MultiTaskModel(nn.Module):

@@ -19,6 +19,7 @@ from moe_mtl.hub import replace_file, sha256
 from moe_mtl.scoring import multi_task_gain
 from moe_mtl.tasks import Task
 
+ELSEWHERE = ("root", "preload", "num_train")  # settings that change no sample that is scored
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -102,13 +103,14 @@ def compare(
     """
     compared, labels = [], set()
     for baseline in baselines:
-        for key in ("name", "split", "samples"):
-            ours, theirs = results["data"][key], baseline["data"].get(key)
-            if ours != theirs:
-                raise ValueError(
-                    f"baseline: {baseline['label']} was scored on {key} {theirs!r}, this model on {ours!r}; score both "
-                    "alike"
-                )
+        (ours, here), (theirs, there) = _scored_on(results["data"]), _scored_on(baseline["data"])
+        if ours != theirs:
+            raise ValueError(
+                f"baseline: {baseline['label']} was scored on {theirs}, this model on {ours}; score both alike"
+            )
+        if changed := [name for name in here if name in there and here[name] != there[name]]:
+            differ = ", ".join(f"{name} {there[name]!r} against {here[name]!r}" for name in changed)
+            raise ValueError(f"baseline: {baseline['label']} was scored on other data ({differ}); score both alike")
         label, copies = baseline["label"], 1
         while label in labels:
             copies += 1
@@ -117,6 +119,13 @@ def compare(
         gain = multi_task_gain(results["metrics"], baseline["metrics"], tasks)
         compared.append({**baseline, "label": label, "gain": gain})
     return compared
+
+
+def _scored_on(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What was scored, as text, and the settings that decide which samples these are."""
+    what = f"{data.get('samples')} {data.get('split')} samples of {data.get('name')}"
+    spec = json.loads(json.dumps(data.get("spec", {})))  # a file has lists where the configuration has tuples
+    return what, {name: value for name, value in spec.items() if name not in ELSEWHERE}
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------

@@ -4,11 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from moe_mtl.multitask import MultiTaskModel, SingleTaskSet
-from moe_mtl.routing import Routing
+from moe_mtl.diagnostics import ExpertUsage
+from moe_mtl.multitask import MultiTaskModel, SingleTaskSet, evaluating
 from moe_mtl.tasks import nearest
 
 
@@ -20,8 +19,9 @@ class LayerExtraction:
         experts: experts e of the layer as it was made.
         kept: ids of those that are left, ascending.
         tokens: calibration tokens the layer routed, each once per task it was routed for; 0 without calibration.
-        dropped_mass: share of the gate's weights on these tokens that went to experts now dropped, 0..1.
-        dropped_mass_by_task: the same within each task; equal for all where one routing serves them together.
+        dropped_mass: share of the gate's weights on these tokens that went to experts now dropped, 0..1; the mean over
+            tasks.
+        dropped_mass_by_task: the same for each task; equal for all where one routing serves them together.
     """
 
     experts: int
@@ -105,10 +105,13 @@ def extract(
             held = sorted(set(held) & set().union(*reached))
         found[name] = LayerExtraction(layer.moe.gate.num_experts, tuple(held))
     if calibration is not None:
-        for name, usage in _measure(small, calibration).items():
+        usage, tokens = _measure(small, calibration)
+        for name, shares in usage.items():
             gate = small.moe_layers[name].moe.gate
             least = 1 if gate.compute_class == "dense" else gate.k
-            found[name] = usage.choose(found[name], least, mass, [task.name for task in small.tasks])
+            kept, dropped = _least_used(shares, found[name].kept, least, mass)
+            by_task = dict(zip((task.name for task in small.tasks), dropped.tolist(), strict=True))
+            found[name] = LayerExtraction(gate.num_experts, tuple(kept), tokens[name], float(dropped.mean()), by_task)
     keep_experts(small, {name: layer.kept for name, layer in found.items()})
     small.extraction = Extraction(found)
     return small
@@ -143,64 +146,39 @@ def keep_experts(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
             config["kept_experts"] = held
 
 
-class _Usage:
-    """Gate mass per task and expert of one layer, float64 [t, e], added up over calibration batches."""
-
-    def __init__(self, num_tasks: int, num_experts: int):
-        self.mass = torch.zeros(num_tasks, num_experts, dtype=torch.float64)
-        self.tokens = 0
-
-    def add(self, routing: Routing) -> None:
-        weights = routing.dense_weights()
-        if routing.valid is not None:
-            weights = weights.where(routing.valid.unsqueeze(-1), 0.0)
-        self.tokens += len(weights) if routing.valid is None else int(routing.valid.sum())
-        if routing.task is None:  # one pass for every task
-            self.mass += weights.sum(0).double().cpu()
-            return
-        per_task = weights.new_zeros(self.mass.shape).index_add(0, routing.task_ids(), weights)
-        self.mass += per_task.double().cpu()
-
-    def choose(self, before: LayerExtraction, least: int, limit: float, tasks: Sequence[str]) -> LayerExtraction:
-        """What to keep of a layer: the experts with any mass, without the least used that fit the limit."""
-        shares = self.mass / self.mass.sum(dim=1, keepdim=True)
-        use = shares.amax(dim=0)
-        kept = [e for e in before.kept if use[e] > 0]
-        dropped = torch.zeros(len(tasks), dtype=torch.float64)
-        for e in sorted(kept, key=lambda e: float(use[e])):
-            if len(kept) <= least or (dropped + shares[:, e]).max() > limit:
-                break
-            kept.remove(e)
-            dropped += shares[:, e]
-        gone = sorted(set(range(before.experts)) - set(kept))
-        return LayerExtraction(
-            before.experts,
-            tuple(kept),
-            self.tokens,
-            float(self.mass[:, gone].sum() / self.mass.sum()),
-            dict(zip(tasks, dropped.tolist(), strict=True)),
-        )
-
-
-@torch.no_grad()
-def _measure(model: MultiTaskModel, calibration: Iterable[Any]) -> dict[str, _Usage]:
-    """The gate mass of every layer over the calibration images, all tasks, in eval mode."""
-    layers = model.moe_layers
-    usage = {name: _Usage(len(model.tasks), layer.moe.gate.num_experts) for name, layer in layers.items()}
+def _measure(model: MultiTaskModel, calibration: Iterable[Any]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Each task's shares of gate mass per expert, {layer: [t, e]}, and the tokens routed, on the calibration images."""
+    usage, tokens = ExpertUsage(model.tasks), dict.fromkeys(model.moe_layers, 0)
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         for i, item in enumerate(calibration):
             _, routings = model(_images(item, i).to(device), return_routing=True)
+            usage.update(routings)
             for name, routing in routings.items():
-                usage[name].add(routing)
-    finally:
-        for module, training in modes:
-            module.training = training
-    if not all(layer.tokens for layer in usage.values()):
+                tokens[name] += len(routing.weights)
+    if not all(tokens.values()):
         raise ValueError("calibration: got no images; pass an iterable of image batches that can be read once more")
-    return usage
+    return {name: found.mass for name, found in usage.compute().items()}, tokens
+
+
+def _least_used(shares: Tensor, held: Sequence[int], least: int, limit: float) -> tuple[list[int], Tensor]:
+    """The experts to keep, those with any mass without the least used that fit the limit; and what goes, per task [t].
+
+    Args:
+        shares: of each task's gate mass per expert, rows sum to 1, [t, e].
+        held: ids of the experts there are.
+        least: how many must stay.
+        limit: largest share that a task may lose.
+    """
+    use = shares.amax(dim=0)
+    kept = [e for e in held if use[e] > 0]
+    dropped = shares.new_zeros(len(shares))
+    for e in sorted(kept, key=lambda e: float(use[e])):
+        if len(kept) <= least or (dropped + shares[:, e]).max() > limit:
+            break
+        kept.remove(e)
+        dropped += shares[:, e]
+    return kept, dropped
 
 
 def _images(item: Any, position: int) -> Tensor:

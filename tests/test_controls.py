@@ -90,7 +90,7 @@ def test_gains_and_their_spread_are_those_of_the_records(results, tmp_path):
     assert "| 10 | 0.25 | 2.00 | 9 | 3 | -12.5 | 1 | +0.0 | 1 |" in shared[0]
     assert "| 30 | 0.75 | 2.00 | 9 | 3 | +10.0 | 0 | +0.0 | 1 |" in shared[1]
     # over the shared bottom: depth (1.25 - 0.9) / 1.25 = 28 % and 44 %, scene 10 %: 19 and 27, mean 23; single 20 and 0
-    assert "| +23.0 | 230 % |" in text and "| +10.0 |  |" in text
+    assert "| +23.0 (230 %) | +36.0 (180 %) | +10.0 |" in text and "| +10.0 | +20.0 | +0.0 |" in text
     assert "| blocks.1 | 0.250 ± 0.000 | 12 ± 0 | 0.750 ± 0.000 | 1 ± 0 |" in text
     assert (tmp_path / "docs" / "controls.png").read_bytes()[:4] == b"\x89PNG"
 

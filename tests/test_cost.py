@@ -8,7 +8,8 @@ from torch import nn
 
 from moe_mtl.backbones import moefy
 from moe_mtl.backbones.timm_vit import build_vit
-from moe_mtl.cost import cost_table, count_flops, count_parameters, dense_of_equal_size, evaluating, latency
+from moe_mtl.cost import cost_table, count_flops, count_parameters, dense_of_equal_size, latency
+from moe_mtl.multitask import evaluating
 from moe_mtl.registry import create_model
 from moe_mtl.tasks import Task
 

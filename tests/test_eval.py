@@ -327,10 +327,14 @@ def test_missing_data_and_baselines(script, folder, tmp_path):
 
 
 def test_a_baseline_of_other_samples_is_refused(whole):
+    data, metrics = whole[0]["data"], whole[0]["metrics"]
     for key, value in (("samples", 7), ("split", "val"), ("name", "NYUv2")):
-        other = {"label": "old", "data": {**whole[0]["data"], key: value}, "metrics": whole[0]["metrics"]}
-        with pytest.raises(ValueError, match=f"baseline: old was scored on {key} {value!r}, this model on"):
+        other = {"label": "old", "data": {**data, key: value}, "metrics": metrics}
+        with pytest.raises(ValueError, match=f"baseline: old was scored on .*{value}.*, this model on"):
             compare(whole[0], [other], DATA.tasks())
+    other = {"label": "old", "data": {**data, "spec": {**data["spec"], "seed": 5}}, "metrics": metrics}
+    with pytest.raises(ValueError, match=r"old was scored on other data \(seed 5 against 0\)"):
+        compare(whole[0], [other], DATA.tasks())
 
 
 def test_a_failed_page_leaves_the_old_one(tmp_path, whole, monkeypatch):
