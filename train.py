@@ -4,6 +4,7 @@
     python train.py m3vit_micro_procroom                 runs one; start it again to go on after an interruption
     python train.py m3vit_micro_procroom --help          lists every option with its value in this recipe
     python train.py m3vit_micro_procroom --trainer.steps=100 --model.args.k=2 --trainer.out=runs/short
+    python train.py m3vit_micro_upcycled_procroom --model.start=runs/dense/checkpoints/step_00002000
     python train.py m3vit_micro_procroom --print_config > run.yaml
     python train.py --config run.yaml                    the edited file; or run.json of an earlier run
 
@@ -13,6 +14,7 @@ What comes out is a model folder: `moe_mtl.load("runs/short")`, `python eval.py 
 import argparse
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -45,8 +47,10 @@ def main(argv: list[str]) -> int:
 
 def train(name: str, model_config: ModelConfig, data: Any, config: TrainerConfig) -> None:
     """Builds the model, trains it and says where it is."""
+    from moe_mtl.backbones import upcycle  # slow to import; --help and a mistyped option need not wait for it
+    from moe_mtl.checkpoint import latest, read
     from moe_mtl.memory import keep_freed_memory
-    from moe_mtl.registry import create_model  # slow to import; --help and a mistyped option need not wait for it
+    from moe_mtl.registry import create_model
     from moe_mtl.trainer import Trainer
 
     keep_freed_memory()
@@ -57,6 +61,12 @@ def train(name: str, model_config: ModelConfig, data: Any, config: TrainerConfig
 
     run = {"recipe": name, "model": asdict(model_config), "data": asdict(data)}
     trainer = Trainer(model, data, config, run)
+    if model_config.start and latest(Path(config.out) / "checkpoints") is None:
+        start = read(Path(model_config.start))
+        upcycle(trainer.model, start.model)
+        if start.run["trainer"]["balancer"] == config.balancer:
+            trainer.balancer.load_state_dict(start.state["balancer"])
+        print(f"starts from the {start.step} steps of {model_config.start}")
     print(f"{config.steps} steps on {trainer.device}, {'bf16 autocast' if trainer.bf16 else 'fp32'}, into {config.out}")
     trainer.fit()
     print(f"model: {config.out}\nscore it: python eval.py {config.out}")

@@ -21,9 +21,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from moe_mtl import checkpoint
@@ -35,14 +37,16 @@ RESULTS = ROOT / "benchmarks" / "controls"
 COST = RESULTS / "seconds_per_update.json"
 REFERENCE = "m3vit_micro_procroom"  # whose steps and training time are the budgets
 SINGLE, SHARED = "single_task_micro_procroom", "shared_bottom_micro_procroom"
+UPCYCLED = "m3vit_micro_upcycled_procroom"
+DENSE_STEPS = 2000  # of the shared bottom with equal training time; UPCYCLED starts from that checkpoint
 BUDGETS = {"steps": "updates", "time": "training time", "long": "updates, long"}
 # in the order of their worth: the first seed of all, then the second of all
 QUEUE = (
     (REFERENCE, "steps"),
     (SHARED, "steps"),
     (SINGLE, "steps"),
-    ("m3vit_micro_last_procroom", "time"),
     (SHARED, "time"),
+    (UPCYCLED, "time"),
     ("m3vit_micro_frozen_procroom", "steps"),
     ("m3vit_micro_assigned_procroom", "steps"),
     ("m3vit_micro_blind_procroom", "steps"),
@@ -55,6 +59,8 @@ QUEUE = (
     (REFERENCE, "long"),
     (SINGLE, "long"),
 )
+DENSE = Lock()  # held while a run trains from which another starts
+QUIET = ("--trainer.progress=false",)
 RECIPES = tuple(dict.fromkeys(recipe for recipe, _ in QUEUE))
 
 
@@ -76,6 +82,11 @@ class Run:
         """The JSON it leaves."""
         return RESULTS / f"{self.name}.json"
 
+    @property
+    def folder(self) -> str:
+        """Where it is trained, below ROOT."""
+        return f"runs/controls/{self.name}"
+
     def steps(self) -> int:
         """Updates within the budget."""
         steps = get_recipe(REFERENCE).trainer.steps
@@ -84,7 +95,32 @@ class Run:
         if self.budget == "long":
             return Run(SHARED, "time", self.seed).steps()
         seconds = json.loads(COST.read_text())["seconds"]
-        return round(steps * seconds[REFERENCE] / seconds[self.recipe])
+        spent = DENSE_STEPS * seconds[SHARED] if self.recipe == UPCYCLED else 0.0
+        return round((steps * seconds[REFERENCE] - spent) / seconds[self.recipe])
+
+    def options(self) -> list[str]:
+        """What the command line of its training changes in the recipe."""
+        changed = [f"--trainer.steps={self.steps()}", f"--trainer.seed={self.seed}"]
+        if self.start:
+            changed.append(f"--model.start={self.start}")
+        if self.is_start:
+            changed.append("--trainer.keep=1000")
+        return changed
+
+    @property
+    def dense(self) -> "Run":
+        """The run with equal training time and seed that never has experts."""
+        return Run(SHARED, "time", self.seed)
+
+    @property
+    def start(self) -> str | None:
+        """The checkpoint it starts from, below ROOT."""
+        return f"{self.dense.folder}/checkpoints/step_{DENSE_STEPS:08d}" if self.recipe == UPCYCLED else None
+
+    @property
+    def is_start(self) -> bool:
+        """Whether another run starts from one of its checkpoints."""
+        return self == self.dense
 
 
 def runs(seeds: int) -> list[Run]:
@@ -114,13 +150,18 @@ def current(record: Mapping[str, Any]) -> bool:
     recipe = json.loads(json.dumps(get_recipe(run.recipe).to_dict()))
     recipe["trainer"] |= {"steps": run.steps(), "seed": run.seed}
     changed = {path for path, _, _ in checkpoint.differences(record["config"], recipe)}
-    return record["steps"] == run.steps() and changed <= FREE_TO_CHANGE - {"trainer.steps"}
+    return record["steps"] == run.steps() and changed <= FREE_TO_CHANGE - {"trainer.steps"} | {"model.start"}
 
 
 def attempt(run: Run, threads: int) -> str | None:
     """Does one run and says so; returns its name if it failed, so that the others go on."""
     try:
-        do(run, threads)
+        if run.start:
+            with DENSE:
+                if not (ROOT / run.start).is_dir():
+                    do(run.dense, threads)
+        with DENSE if run.is_start else nullcontext():
+            do(run, threads)
     except subprocess.CalledProcessError as error:
         print(f"{run.name}: failed ({error})", flush=True)
         return run.name
@@ -130,15 +171,14 @@ def attempt(run: Run, threads: int) -> str | None:
 
 def do(run: Run, threads: int) -> None:
     """Trains, or goes on training, and scores one run in processes of their own; their output goes beside the model."""
-    folder = ROOT / "runs" / "controls" / run.name
+    folder = ROOT / run.folder
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    options = [f"--trainer.out={folder}", f"--trainer.steps={run.steps()}", f"--trainer.seed={run.seed}"]
     with open(folder / "output.txt", "a") as output:
         call = partial(subprocess.run, cwd=ROOT, env=environment, stdout=output, stderr=output, check=True)
         if not finished(folder, run.steps()):
-            call([sys.executable, "train.py", run.recipe, *options, "--trainer.progress=false"])
-        call([sys.executable, "eval.py", str(folder), "--rounds=1", "--dense=none"])
+            call([sys.executable, "train.py", run.recipe, f"--trainer.out={run.folder}", *run.options(), *QUIET])
+        call([sys.executable, "eval.py", run.folder, "--rounds=1", "--dense=none"])
     from moe_mtl.hub import replace_file
 
     record = summary(run, folder)

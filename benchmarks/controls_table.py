@@ -19,9 +19,11 @@ Record = Mapping[str, Any]
 Key = tuple[str, str]  # recipe and budget
 
 REFERENCE, SINGLE, SHARED = "m3vit_micro_procroom", "single_task_micro_procroom", "shared_bottom_micro_procroom"
+UPCYCLED = "m3vit_micro_upcycled_procroom"
 LABELS = {
     REFERENCE: "m3vit_micro: experts in every second block",
     "m3vit_micro_last_procroom": "m3vit_micro: experts in the last block",
+    UPCYCLED: "m3vit_micro: experts in the last block, upcycled half way",
     "m3vit_micro_decoder_procroom": "m3vit_micro: experts in a decoder block",
     "m3vit_micro_blind_procroom": "task-blind router",
     "m3vit_micro_frozen_procroom": "random routers, never trained",
@@ -88,6 +90,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
+def dense_steps(record: Record) -> int:
+    """Updates of the shared bottom whose checkpoint a run started from."""
+    start = record["config"]["model"].get("start")
+    return int(Path(start).name.removeprefix("step_")) if start else 0
+
+
 # ---- the parts of the page ------------------------------------------------------------------------------------------
 
 
@@ -101,11 +109,12 @@ def quality(runs: Mapping[Key, Sequence[Record]], seconds: Mapping[str, float]) 
                 continue
             one, over_single = records[0], gains(records, alone)
             over_shared = gains(records, runs[SHARED, budget]) if (SHARED, budget) in runs else None
-            images, time = one["data"]["samples"], one["steps"] * seconds[recipe]
+            images, before = one["data"]["samples"], dense_steps(one)
+            time = before * seconds[SHARED] + one["steps"] * seconds[recipe]
             assert images == alone[0]["data"]["samples"]
             rows.append([
                 LABELS[recipe],
-                str(one["steps"]),
+                f"{before} dense + {one['steps']}" if before else str(one["steps"]),
                 f"{time / (runs[REFERENCE, 'steps'][0]['steps'] * seconds[REFERENCE]):.2f}",
                 f"{one['model']['parameters'] / 1e6:.2f}",
                 f"{one['flops_all'] / 1e6:.0f}",

@@ -21,10 +21,13 @@ class ModelConfig:
     Attributes:
         name: one of `moe_mtl.list_models()`.
         args: its options.
+        start: a checkpoint of another run on these tasks, `<out>/checkpoints/step_<n>`, whose weights and balancer this
+            one starts from; where this model has experts and that one an MLP, each expert starts as the MLP.
     """
 
     name: str
     args: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +127,19 @@ def m3vit_micro_last_procroom() -> Recipe:
 def m3vit_micro_decoder_procroom() -> Recipe:
     """m3vit_micro_procroom with experts after the backbone only: a dense ViT, then one attention-free expert block."""
     return _procroom("m3vit_micro_decoder_procroom", "m3vit_micro", blocks=[], decoder=1, **PROCROOM)
+
+
+@register
+def m3vit_micro_upcycled_procroom() -> Recipe:
+    """Experts in the last block for the second half of a dense training; needs --model.start.
+
+    That is a checkpoint of shared_bottom_micro_procroom. Every expert starts as the MLP it replaces, and the learning
+    rate goes on from where a dense run stands half way.
+    """
+    recipe = _procroom(
+        "m3vit_micro_upcycled_procroom", "m3vit_micro", blocks=[-1], experts=8, k=1, hidden_ratio=4.0, **PROCROOM
+    )
+    return replace(recipe, trainer=replace(recipe.trainer, lr=1e-3, warmup=20, lr_final=0.02))
 
 
 @register

@@ -5,7 +5,8 @@ import timm
 import torch
 from torch import nn
 
-from moe_mtl import extract, moefy
+from moe_mtl import create_model, extract, moefy
+from moe_mtl.backbones import upcycle
 from moe_mtl.gates import GATES
 from moe_mtl.tasks import Task
 
@@ -125,6 +126,29 @@ def test_moefied_model_runs_one_task_and_extracts():
     model, x = moefy(dense(), TASKS, experts=4, k=2).eval(), images()
     alone = extract(model, "depth")
     assert torch.equal(alone(x)["depth"], model(x, tasks=["depth"])["depth"])
+
+
+def test_upcycle_gives_a_model_the_weights_of_its_dense_twin():
+    tasks, sizes = TASKS, {"image_size": 16, "dim": 24, "depth": 4, "num_heads": 2}
+    routed = {"experts": 3, "k": 2, "hidden_ratio": 4.0, "gate_args": {"normalize": "detached"}}
+    dense = create_model("shared_bottom_micro", tasks=tasks, **sizes).eval()
+    model = create_model("m3vit_micro", tasks=tasks, **sizes, **routed).eval()
+    routers = {name: value.clone() for name, value in model.state_dict().items() if ".gate." in name}
+    upcycle(model, dense.state_dict())
+    x = images(2, 16).float()
+    for task, prediction in model(x).items():
+        torch.testing.assert_close(prediction, dense(x)[task], rtol=1e-4, atol=1e-5)
+    assert routers and all(torch.equal(model.state_dict()[name], value) for name, value in routers.items())
+    # experts of another routed model come as they are
+    twin = create_model("m3vit_micro", tasks=tasks, **sizes, **routed).eval()
+    upcycle(model, twin.state_dict())
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in model.state_dict().items())
+    # what does not fit is refused whole
+    for other, odd in (({"depth": 3}, r"blocks\.3"), ({"mlp_ratio": 2.0}, r"experts\.b1")):
+        misfit = create_model("shared_bottom_micro", tasks=tasks, **{**sizes, **other})
+        with pytest.raises(ValueError, match=f"dense: its weights do not fit the model in .*{odd}"):
+            upcycle(model, misfit.state_dict())
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_cost_is_said(capsys):

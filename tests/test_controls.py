@@ -107,6 +107,21 @@ def test_a_time_budget_gives_cheap_models_more_updates(results, monkeypatch):
     assert controls.Run(table.SHARED, "steps", 0).steps() == steps
     assert controls.Run(table.SHARED, "time", 0).steps() == 4 * steps
     assert controls.Run(table.REFERENCE, "time", 0).steps() == steps
+    assert controls.Run(table.SHARED, "long", 0).steps() == controls.Run(table.SINGLE, "long", 0).steps() == 4 * steps
+
+
+def test_an_upcycled_run_pays_for_its_dense_part(results, monkeypatch):
+    monkeypatch.setattr(controls, "COST", results / "seconds_per_update.json")
+    monkeypatch.setattr(controls, "DENSE_STEPS", 400)
+    run, dense = controls.Run(controls.UPCYCLED, "time", 1), controls.Run(table.SHARED, "time", 1)
+    assert run.steps() == get_recipe(controls.REFERENCE).trainer.steps - 100  # 400 dense updates at a quarter of 0.5 s
+    assert f"--model.start={dense.folder}/checkpoints/step_00000400" in run.options()
+    assert any(option.startswith("--trainer.keep") for option in dense.options())
+    made = record(controls.UPCYCLED, "time")
+    made["config"]["model"] |= {"start": f"{dense.folder}/checkpoints/step_00000400"}
+    (results / run.result.name).write_text(json.dumps(made))
+    table.write_tables(results, results, lambda record: True)
+    assert "| 400 dense + 30 | 13.00 |" in (results / "controls.md").read_text()  # 400 / 4 + 30 of 10 updates
 
 
 def test_the_queue_names_each_run_once_and_every_recipe_has_a_label():
@@ -142,7 +157,7 @@ def test_runs_that_left_a_result_are_not_done_again(results, tmp_path, monkeypat
     controls.work_off(seeds=1, workers=1)
     assert len(done) == len(controls.QUEUE) - 3
     assert "shared_bottom_micro.time.s0" in done  # its record is not current
-    assert "m3vit_micro.steps.s0" not in done and "m3vit_micro_last.time.s0" in done
+    assert "m3vit_micro.steps.s0" not in done and "m3vit_micro_blind.time.s0" in done
     (results / "seconds_per_update.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"controls\.py cost"):
         controls.work_off(seeds=1, workers=1)
@@ -162,6 +177,17 @@ def test_a_finished_training_is_scored_and_not_repeated(tmp_path, monkeypatch):
     controls.checkpoint.write(checkpoints, stored, keep=1)
     controls.do(run, threads=1)
     assert calls == ["eval.py"]
+
+
+def test_a_run_waits_for_the_one_it_starts_from_or_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(controls, "ROOT", tmp_path)
+    done, run = [], controls.Run(controls.UPCYCLED, "time", 0)
+    monkeypatch.setattr(controls, "do", lambda run, threads: done.append((run.name, controls.DENSE.locked())))
+    assert controls.attempt(run, threads=1) is None
+    assert done == [(run.dense.name, True), (run.name, False)]
+    (tmp_path / run.start).mkdir(parents=True)
+    assert controls.attempt(run, threads=1) is None and controls.attempt(run.dense, threads=1) is None
+    assert done[2:] == [(run.name, False), (run.dense.name, True)]
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,7 +58,10 @@ def test_runs_do_not_share_a_folder():
 def test_controls_differ_in_the_model_only(name):
     a, b = get_recipe(name), get_recipe("m3vit_micro_" + name.rpartition("_")[2])
     assert a.data == b.data
-    assert replace(a.trainer, out=b.trainer.out) == b.trainer
+    # single-task models have a learning rate of their own, and a run that starts half way starts at a lower one
+    own = {"single_task_micro_procroom": ["lr"], "m3vit_micro_upcycled_procroom": ["lr", "warmup", "lr_final"]}
+    allowed = {field: getattr(b.trainer, field) for field in own.get(name, ())}
+    assert replace(a.trainer, out=b.trainer.out, **allowed) == b.trainer
 
 
 def test_the_wide_control_has_as_many_parameters_as_the_routed_model():
@@ -159,6 +163,28 @@ def test_a_run_from_the_command_line_and_again_from_its_own_file(train, tmp_path
     # the run is finished
     assert train.main(["procroom_demo", *options]) == 1
     assert "is finished" in capsys.readouterr().err
+
+
+def test_experts_start_from_a_dense_run(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = [option for option in SMALL if not option.startswith(("--model.args.k", "--model.args.experts"))]
+    dense = ["shared_bottom_micro_procroom", "--trainer.steps=2", "--trainer.out=dense", *small]
+    assert train.main(dense) == 0, capsys.readouterr().err
+    start = Path("dense", "checkpoints", "step_00000002")
+    upcycled = ["m3vit_micro_upcycled_procroom", f"--model.start={start}", "--trainer.lr=1e-12", *small]
+    assert train.main([*upcycled, "--trainer.steps=1", "--trainer.out=run"]) == 0, capsys.readouterr().err
+    assert "starts from the 2 steps of dense" in capsys.readouterr().out
+    before, after, x = moe_mtl.load("dense"), moe_mtl.load("run"), torch.rand(2, 3, 16, 16)
+    for task, prediction in after(x).items():  # one update at no learning rate: what the dense model computes
+        torch.testing.assert_close(prediction, before(x)[task], rtol=1e-4, atol=1e-5)
+    (balancer,) = (json.loads(line)["factor"] for line in Path("run/metrics.jsonl").read_text().splitlines()[:1])
+    learned = json.loads(Path("dense/metrics.jsonl").read_text().splitlines()[0])["factor"]
+    assert balancer == pytest.approx(learned, rel=1e-5) and any(abs(f - 0.5) > 1e-4 for f in learned.values())
+    # a resumed run goes on from its own checkpoint and needs the other no more
+    shutil.rmtree("dense")
+    assert train.main([*upcycled, "--trainer.steps=2", "--trainer.out=run"]) == 0, capsys.readouterr().err
+    assert train.main([*upcycled, "--trainer.steps=2", "--trainer.out=other"]) == 1
+    assert "step_00000002 cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -3,6 +3,6 @@
 One file per library. An adapter finds blocks by structure, not by name lists, and refuses what it does not know.
 """
 
-from moe_mtl.backbones.timm_vit import moefy
+from moe_mtl.backbones.timm_vit import moefy, upcycle
 
-__all__ = ["moefy"]
+__all__ = ["moefy", "upcycle"]

@@ -116,6 +116,38 @@ def moefy(
     return model
 
 
+@torch.no_grad()
+def upcycle(model: MultiTaskModel, dense: Mapping[str, Tensor]) -> None:
+    """Gives a model, in place, the weights of a dense one of its shape: every expert becomes the MLP it stands for.
+
+    Sparse upcycling in the middle of a training (see `moefy`, which makes the model as well). Routers stay as they are.
+    While experts are equal, the model computes what the dense one did if a token's weights add up to 1: `k` experts of
+    the MLP's hidden width and `normalize="detached"`, or a dense mixture.
+
+    Args:
+        model: on a timm backbone, its experts without GLU.
+        dense: `state_dict` of the dense model, its MLPs of two linear layers `fc1` and `fc2`. Layers that have experts
+            there, too, are copied as they are.
+
+    Raises:
+        ValueError: names or shapes do not fit; nothing was changed.
+    """
+    found = dict(dense)
+    for path, layer in model.named_modules():
+        if isinstance(layer, ContextMoE) and f"{path}.fc1.weight" in found:
+            prefix, experts = f"{path}.moe.experts", layer.moe.experts.num_experts
+            for ours, theirs in (("w1", "fc1.weight"), ("b1", "fc1.bias"), ("w2", "fc2.weight"), ("b2", "fc2.bias")):
+                if (w := found.pop(f"{path}.{theirs}", None)) is not None:
+                    found[f"{prefix}.{ours}"] = w.expand(experts, *w.shape)
+            gate = {f"{path}.moe.gate.{name}": w for name, w in layer.moe.gate.state_dict().items()}
+            found = {**gate, **found}
+    own = model.state_dict()
+    odd = [name for name in own if name not in found or found[name].shape != own[name].shape]
+    if odd := odd + [name for name in found if name not in own]:
+        raise ValueError(f"dense: its weights do not fit the model in {', '.join(sorted(odd)[:6])} ({len(odd)} in all)")
+    model.load_state_dict(found)
+
+
 def with_experts(
     backbone: Timm,
     tasks: Sequence[Task],
