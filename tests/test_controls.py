@@ -152,6 +152,8 @@ def test_runs_that_left_a_result_are_not_done_again(results, tmp_path, monkeypat
     monkeypatch.setattr(controls, "RESULTS", results)
     monkeypatch.setattr(controls, "current", lambda record: record["budget"] == "steps")
     monkeypatch.setattr(controls, "COST", results / "seconds_per_update.json")
+    monkeypatch.setattr(controls, "ROOT", tmp_path)
+    (tmp_path / controls.Run(controls.UPCYCLED, "time", 0).start).mkdir(parents=True)
     done = []
     monkeypatch.setattr(controls, "do", lambda run, threads: done.append(run.name))
     controls.work_off(seeds=1, workers=1)
