@@ -4,7 +4,7 @@
     python train.py m3vit_micro_procroom                 runs one; start it again to go on after an interruption
     python train.py m3vit_micro_procroom --help          lists every option with its value in this recipe
     python train.py m3vit_micro_procroom --trainer.steps=100 --model.args.k=2 --trainer.out=runs/short
-    python train.py m3vit_micro_upcycled_procroom --model.start=runs/dense/checkpoints/step_00002000
+    python train.py m3vit_micro_upcycled_procroom --model.start=runs/dense/checkpoints/step_00003000
     python train.py m3vit_micro_procroom --print_config > run.yaml
     python train.py --config run.yaml                    the edited file; or run.json of an earlier run
 

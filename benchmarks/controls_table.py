@@ -23,7 +23,7 @@ UPCYCLED = "m3vit_micro_upcycled_procroom"
 LABELS = {
     REFERENCE: "m3vit_micro: experts in every second block",
     "m3vit_micro_last_procroom": "m3vit_micro: experts in the last block",
-    UPCYCLED: "m3vit_micro: experts in the last block, upcycled half way",
+    UPCYCLED: "m3vit_micro: experts in the last block, upcycled late",
     "m3vit_micro_decoder_procroom": "m3vit_micro: experts in a decoder block",
     "m3vit_micro_blind_procroom": "task-blind router",
     "m3vit_micro_frozen_procroom": "random routers, never trained",

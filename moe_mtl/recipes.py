@@ -131,15 +131,15 @@ def m3vit_micro_decoder_procroom() -> Recipe:
 
 @register
 def m3vit_micro_upcycled_procroom() -> Recipe:
-    """Experts in the last block for the second half of a dense training; needs --model.start.
+    """Experts in the last block for the last quarter of a dense training; needs --model.start.
 
     That is a checkpoint of shared_bottom_micro_procroom. Every expert starts as the MLP it replaces, and the learning
-    rate goes on from where a dense run stands half way.
+    rate goes on from about where the dense run's stands.
     """
     recipe = _procroom(
         "m3vit_micro_upcycled_procroom", "m3vit_micro", blocks=[-1], experts=8, k=1, hidden_ratio=4.0, **PROCROOM
     )
-    return replace(recipe, trainer=replace(recipe.trainer, lr=1e-3, warmup=20, lr_final=0.02))
+    return replace(recipe, trainer=replace(recipe.trainer, lr=5e-4, warmup=20, lr_final=0.04))
 
 
 @register
