@@ -21,10 +21,12 @@ from torch.nn import functional as F
 from moe_mtl.kernels import cpu
 from moe_mtl.kernels.plan import any_unused
 
-# Fitted on one core of an AMD EPYC (Zen 4, 1 MiB of cache of its own): m 1 to 4096, d and h 64 to 384, e 4 to 64 and
-# k 1 to 16 in float32, a part of these in bfloat16. The rule for more threads is reasoned, not fitted.
-MACS_PER_US = {4: 32_000.0, 2: 60_000.0}  # bytes of a number -> multiply-adds of a product in a microsecond
-EXPERT_US = {4: 5.0, 2: 30.0}  # calls of "grouped" for each expert; products of two-byte numbers start slowly
+# Fitted on an AMD EPYC (Zen 4, 1 MiB of cache per core) with one and two threads: m 1 to 4096, d and h 64 to 384, e 4
+# to 64 and k 1 to 16 in float32, a part of these in bfloat16.
+MACS_PER_US = {4: 32_000.0, 2: 60_000.0}  # bytes of a number -> multiply-adds of a product of few rows in a microsecond
+DENSE_MACS_PER_US = {4: 45_000.0, 2: 60_000.0}  # the same of the products of "dense", per thread
+SHARING = 0.85  # part of its speed that a thread keeps where several share a product
+EXPERT_US = {4: 7.0, 2: 30.0}  # calls of "grouped" for each expert; products of two-byte numbers start slowly
 SORT_US = 20.0  # its other calls, less those of "dense"
 GROUPED_BYTES = 5 << 20  # with more rows, the buffers one expert long of cpu.py are faster: they stay in cache
 DENSE_BYTES = 64 << 20  # more memory than that is not traded for time
@@ -40,9 +42,9 @@ def choose(tokens: int, k: int, w1: Tensor, w2: Tensor, threads: int) -> Callabl
     """The fastest way for these sizes, as estimated from them alone; None for a plan and `cpu.moe_mlp`.
 
     "dense" does e / k times the multiplications of "grouped" and spares its sort and its call per expert; where all
-    experts are used it always wins. "grouped" beats the segments of cpu.py while the rows of all experts stay in
-    cache. Several threads can share the products of "dense" and the segments, but small products of "grouped" only
-    lose by it: they run on one thread, and where they are large enough to be shared a plan is made.
+    experts are used it always wins. "grouped" beats the segments of cpu.py while the rows of all experts stay in cache.
+    Several threads can share the products of "dense" and the segments, but small products of "grouped" only lose by it:
+    they run on one thread, and where they are large enough to be shared a plan is made.
 
     Args:
         tokens: m.
@@ -58,8 +60,10 @@ def choose(tokens: int, k: int, w1: Tensor, w2: Tensor, threads: int) -> Callabl
         return None
     size, visited = w1.element_size(), min(experts, rows)
     row_bytes, kind = (dim + wide + out) * size, min(size, 4)
-    surplus = tokens * (experts - k) * (first + second) / MACS_PER_US[kind]
-    if surplus <= SORT_US + EXPERT_US[kind] * visited and tokens * experts * row_bytes <= DENSE_BYTES:
+    wide_speed = DENSE_MACS_PER_US[kind] * (threads * SHARING if threads > 1 else 1)
+    dense_us = tokens * experts * (first + second) / wide_speed
+    grouped_us = rows * (first + second) / MACS_PER_US[kind] + SORT_US + EXPERT_US[kind] * visited
+    if dense_us <= grouped_us and tokens * experts * row_bytes <= DENSE_BYTES:
         return dense
     if rows * row_bytes > GROUPED_BYTES or (threads > 1 and rows * max(first, second) > SHARED_MACS * visited):
         return None

@@ -425,7 +425,8 @@ def test_ways_refuse_ids_out_of_range(way, bad):
     ("m", "k", "e", "d", "h", "dtype", "threads", "expected"),
     [
         (64, 4, 16, 96, 96, torch.float32, 1, "grouped"),
-        (64, 4, 16, 96, 96, torch.float32, 2, "grouped"),  # products of 16 rows are too small to share
+        (64, 4, 16, 96, 96, torch.float32, 2, "dense"),  # one product of all experts is large enough to share
+        (196, 4, 16, 96, 96, torch.float32, 2, "grouped"),  # shared or not, it is four times the work
         (64, 4, 4, 96, 96, torch.float32, 2, "dense"),  # nothing to choose
         (2, 4, 16, 96, 96, torch.float32, 1, "dense"),  # hardly anything to compute
         (2, 4, 16, 768, 3072, torch.float32, 1, "grouped"),  # reading eight more experts takes longer than a sort
