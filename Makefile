@@ -21,7 +21,8 @@ $(READY): constraints.txt pyproject.toml $(wildcard tools/cpu-torchvision/*)
 	@touch $@
 
 CONTROLS := benchmarks/controls
-BASELINES := $(wildcard $(CONTROLS)/single_task_micro.steps.s0.json $(CONTROLS)/shared_bottom_micro.steps.s0.json)
+# of as many updates as the pretrained model
+BASELINES := $(wildcard $(CONTROLS)/single_task_micro.long.s0.json $(CONTROLS)/shared_bottom_micro.time.s0.json)
 demo: $(READY)
 	$(PY) eval.py m3vit_micro.procroom --out=runs/demo/results.json --report=runs/demo/report.html $(BASELINES:%=--baseline=%)
 	$(PY) train.py procroom_demo --trainer.out=runs/demo/train --trainer.overwrite=true

@@ -39,7 +39,6 @@ REFERENCE = "m3vit_micro_procroom"  # whose steps and training time are the budg
 SINGLE, SHARED = "single_task_micro_procroom", "shared_bottom_micro_procroom"
 UPCYCLED = "m3vit_micro_upcycled_procroom"
 DENSE_STEPS = 3000  # of the shared bottom with equal training time; UPCYCLED starts from that checkpoint
-BUDGETS = {"steps": "updates", "time": "training time", "long": "updates, long"}
 # in the order of their worth: the first seed of all, then the second of all
 QUEUE = (
     (REFERENCE, "steps"),
@@ -195,15 +194,16 @@ def summary(run: Run, folder: Path) -> dict[str, Any]:
     """What the table needs of eval.py's results and the training log; eval.py takes it as a --baseline, too."""
     results = json.loads((folder / "results.json").read_text())
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = results["cost"]["1"]
+    rows, config = results["cost"]["1"], results["recipe"]
+    config["trainer"]["out"] = run.folder
     alone = [row["flops"] for row in rows if row["run"] == "one task"]
     return {
-        "label": f"{run.recipe.removesuffix('_procroom')}, equal {BUDGETS[run.budget]}",
+        "label": f"{run.recipe.removesuffix('_procroom')}, {run.steps():,} updates",
         "recipe": run.recipe,
         "budget": run.budget,
         "seed": run.seed,
         "steps": run.steps(),
-        "config": results["recipe"],
+        "config": config,
         "training_seconds": [record["seconds"] for record in log if "seconds" in record][-1],
         "model": {key: results["model"][key] for key in ("name", "args", "parameters")},
         "flops_all": rows[0]["flops"],
