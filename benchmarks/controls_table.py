@@ -34,9 +34,9 @@ LABELS = {
 }
 BUDGETS = {"steps": "updates", "time": "training time", "long": "updates, long"}
 KINDS: dict[str, Callable[[Task], bool]] = {
-    "all": lambda task: True,
-    "per pixel": lambda task: task.kind != "classification",
-    "per image": lambda task: task.kind == "classification",
+    "all tasks": lambda task: True,
+    "per-pixel tasks": lambda task: task.kind != "classification",
+    "per-image tasks": lambda task: task.kind == "classification",
 }
 
 
@@ -69,7 +69,7 @@ def mean_metrics(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     }
 
 
-def gains(records: Sequence[Record], baseline: Sequence[Record], kinds: str = "all") -> list[dict[str, Any]]:
+def gains(records: Sequence[Record], baseline: Sequence[Record], kinds: str = "all tasks") -> list[dict[str, Any]]:
     """`multi_task_gain` of every seed against the baseline's mean over seeds, on the tasks of some kinds."""
     tasks, base = [Task.from_dict(task) for task in records[0]["tasks"]], mean_metrics(baseline)
     chosen = [task for task in tasks if KINDS[kinds](task)]
@@ -172,7 +172,7 @@ def oracle(runs: Mapping[Key, Sequence[Record]]) -> str:
             )
             row.append(f"{own:+.1f}" + (f" ({100 * own / gap:.0f} %)" if gap > 0 and recipe != SINGLE else ""))
         rows.append(row)
-    return table(["model", "updates", *(f"tasks {kinds}" for kinds in KINDS)], rows)
+    return table(["model", "updates", *KINDS], rows)
 
 
 def routing(runs: Mapping[Key, Sequence[Record]]) -> str:
@@ -256,8 +256,8 @@ updates as the shared bottom makes in that time. Made with moe_mtl {versions["mo
 
 ## Does routing by task recover what sharing loses?
 
-delta_task over the shared bottom in percent, by what a task predicts, and as a share of the single-task models' gain
-where they have one.
+delta_task over the shared bottom of as many updates, in percent, by what a task predicts; in brackets as a share of
+what the single-task models gain, where they gain anything.
 
 {oracle(runs)}
 
