@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -93,8 +94,17 @@ class DenseHead(nn.Module):
         if self.kind == "depth":
             return F.softplus(rearrange(y, "b 1 h w -> b h w"))
         if self.kind == "normals":
-            return F.normalize(y, dim=1)
+            return unit(y)
         return rearrange(y, "b 1 h w -> b h w") if self.kind == "binary_map" else y
+
+
+def unit(y: Tensor) -> Tensor:
+    """Vectors along axis 1 divided by their length, in float32 at least; the zero vector stays zero.
+
+    On a CPU many times faster than `F.normalize`, whose norm over an axis of three is slow.
+    """
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    return (wide * wide.square().sum(dim=1, keepdim=True).clamp_min(1e-24).rsqrt()).to(y.dtype)
 
 
 def make_head(task: Task, dim: int, patch_size: int, width: int = 16) -> nn.Module:

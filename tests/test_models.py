@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe_mtl import create_model, extract, list_models
 from moe_mtl.gates import GATES
+from moe_mtl.heads import unit
 from moe_mtl.layers import ContextMoE
 from moe_mtl.registry import register_model
 from moe_mtl.tasks import Task
@@ -317,6 +318,19 @@ def test_predictions_are_in_range():
     y = tiny()(images())
     assert (y["depth"] > 0).all()
     torch.testing.assert_close(y["normals"].norm(dim=1), torch.ones(3, 16, 16), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_unit_vectors(dtype):
+    y = (30 * torch.randn(2, 3, 4, 5, dtype=torch.float64)).to(dtype).requires_grad_()
+    expected = torch.nn.functional.normalize(y.double(), dim=1)
+    assert unit(y).dtype == dtype
+    torch.testing.assert_close(unit(y).double(), expected, atol=torch.finfo(dtype).eps, rtol=0)
+    cotangent = torch.randn_like(expected)
+    (ours,) = torch.autograd.grad(unit(y), y, cotangent.to(dtype))
+    (theirs,) = torch.autograd.grad(expected, y, cotangent.to(dtype).double())
+    torch.testing.assert_close(ours.double(), theirs.double(), atol=2 * torch.finfo(dtype).eps, rtol=0.02)
+    assert not unit(torch.zeros(1, 3, 1, 1, dtype=dtype)).any()
 
 
 @pytest.mark.parametrize("tasks", [None, ["depth"]])
