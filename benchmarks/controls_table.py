@@ -206,17 +206,19 @@ def front(runs: Mapping[Key, Sequence[Record]]) -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     colours = {recipe: f"C{i}" for i, recipe in enumerate(LABELS)}
     for panel, (title, cost) in zip(axes, panels, strict=True):
+        named = set[str]()
         for (recipe, budget), records in runs.items():
             if budget == "long":
                 continue
             values = [gain["delta_task"] for gain in gains(records, runs[SINGLE, "steps"])]
             filled = colours[recipe] if budget == "steps" else "none"
             marker = {"marker": "o", "s": 60, "facecolors": filled, "edgecolors": colours[recipe], "linewidths": 1.6}
-            label = LABELS[recipe] if budget == "steps" and panel is axes[0] else None
+            label = LABELS[recipe] if panel is axes[0] and recipe not in named else None
+            named.add(recipe)
             panel.scatter([cost(records[0])], [statistics.mean(values)], label=label, **marker)
         panel.set_xlabel(title)
-        panel.set_xscale("log")
-        panel.grid(alpha=0.3, which="both")
+        panel.set_xlim(0, 1.08 * max(cost(records[0]) for records in runs.values()))
+        panel.grid(alpha=0.3)
         panel.axhline(0, color="grey", linewidth=0.8)
     axes[0].set_ylabel("delta_task over single-task models, %")
     figure.suptitle("filled: equal updates; open: equal training time", fontsize=10)
