@@ -117,7 +117,7 @@ def moefy(
 
 
 @torch.no_grad()
-def upcycle(model: MultiTaskModel, dense: Mapping[str, Tensor]) -> None:
+def upcycle(model: nn.Module, dense: Mapping[str, Tensor]) -> None:
     """Gives a model, in place, the weights of a dense one of its shape: every expert becomes the MLP it stands for.
 
     Sparse upcycling in the middle of a training (see `moefy`, which makes the model as well). Routers stay as they are.
