@@ -62,7 +62,12 @@ def train(name: str, model_config: ModelConfig, data: Any, config: TrainerConfig
     run = {"recipe": name, "model": asdict(model_config), "data": asdict(data)}
     trainer = Trainer(model, data, config, run)
     if model_config.start and latest(Path(config.out) / "checkpoints") is None:
-        start = read(Path(model_config.start))
+        try:
+            start = read(Path(model_config.start))
+        except ValueError as error:
+            raise ValueError(
+                f"model.start: {model_config.start} is no checkpoint; expected <out>/checkpoints/step_<n> of a run"
+            ) from error
         upcycle(trainer.model, start.model)
         if start.run["trainer"]["balancer"] == config.balancer:
             trainer.balancer.load_state_dict(start.state["balancer"])

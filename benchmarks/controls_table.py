@@ -49,15 +49,17 @@ def read(folder: Path, current: Callable[[Record], bool]) -> dict[Key, list[Reco
             found[record["recipe"], record["budget"]].append(record)
         else:
             print(f"left out: {path.name} was made by an older recipe")
-    if (SHARED, "time") in found and any(budget == "long" for _, budget in found):
+    if (SINGLE, "long") not in found:  # nothing to compare them with
+        found.pop((REFERENCE, "long"), None)
+    elif (SHARED, "time") in found:
         found[SHARED, "long"] = found[SHARED, "time"]  # by definition of "long"
     order, budgets = list(LABELS), list(BUDGETS)
     return dict(sorted(found.items(), key=lambda item: (budgets.index(item[0][1]), order.index(item[0][0]))))
 
 
 def single(runs: Mapping[Key, Sequence[Record]], budget: str) -> Sequence[Record]:
-    """The single-task models to compare with: of the same updates where more were made, else those of equal updates."""
-    return runs.get((SINGLE, budget), runs[SINGLE, "steps"]) if budget == "long" else runs[SINGLE, "steps"]
+    """The single-task models to compare with: those of equal updates, also for runs of equal training time."""
+    return runs[SINGLE, "long" if budget == "long" else "steps"]
 
 
 def mean_metrics(records: Sequence[Record]) -> dict[str, dict[str, float]]:
@@ -103,6 +105,8 @@ def quality(runs: Mapping[Key, Sequence[Record]], seconds: Mapping[str, float]) 
     """Gain over the baselines beside what training and running cost, one part per budget."""
     parts = []
     for budget, what in BUDGETS.items():
+        if all(own != budget for _, own in runs):
+            continue
         rows, alone = [], single(runs, budget)
         for (recipe, own), records in runs.items():
             if own != budget:
@@ -124,10 +128,9 @@ def quality(runs: Mapping[Key, Sequence[Record]], seconds: Mapping[str, float]) 
                 spread([gain["delta_task"] for gain in over_shared], 1, sign=True) if over_shared else "",
                 str(len(records)),
             ])  # fmt: skip
-        if rows:
-            columns = ["model", "updates", "training time", "M parameters", "MFLOPs, all tasks", "one task"]
-            columns += ["delta_task over single-task, %", "tasks worse", "over shared bottom, %", "seeds"]
-            parts.append(f"### Equal {what}\n\n{table(columns, rows)}")
+        columns = ["model", "updates", "training time", "M parameters", "MFLOPs, all tasks", "one task"]
+        columns += ["delta_task over single-task, %", "tasks worse", "over shared bottom, %", "seeds"]
+        parts.append(f"### Equal {what}\n\n{table(columns, rows)}")
     return "\n\n".join(parts)
 
 

@@ -131,15 +131,16 @@ def m3vit_micro_decoder_procroom() -> Recipe:
 
 @register
 def m3vit_micro_upcycled_procroom() -> Recipe:
-    """Experts in the last block for the last quarter of a dense training; needs --model.start.
+    """Experts in the last block for the last quarter of a dense training, a checkpoint of which is --model.start.
 
-    That is a checkpoint of shared_bottom_micro_procroom. Every expert starts as the MLP it replaces, and the learning
-    rate goes on from about where the dense run's stands.
+    Every expert starts as the MLP it replaces, and the learning rate goes on from about where the dense run's stands.
     """
     recipe = _procroom(
         "m3vit_micro_upcycled_procroom", "m3vit_micro", blocks=[-1], experts=8, k=1, hidden_ratio=4.0, **PROCROOM
     )
-    return replace(recipe, trainer=replace(recipe.trainer, lr=5e-4, warmup=20, lr_final=0.04))
+    start = f"{shared_bottom_micro_procroom().trainer.out}/checkpoints/step_00001000"
+    how = replace(recipe.trainer, lr=5e-4, warmup=20, lr_final=0.04)
+    return replace(recipe, model=replace(recipe.model, start=start), trainer=how)
 
 
 @register

@@ -184,7 +184,9 @@ def test_experts_start_from_a_dense_run(train, tmp_path, monkeypatch, capsys):
     shutil.rmtree("dense")
     assert train.main([*upcycled, "--trainer.steps=2", "--trainer.out=run"]) == 0, capsys.readouterr().err
     assert train.main([*upcycled, "--trainer.steps=2", "--trainer.out=other"]) == 1
-    assert "step_00000002 cannot be read" in capsys.readouterr().err
+    assert f"model.start: {start} is no checkpoint; expected <out>/checkpoints/step_<n>" in capsys.readouterr().err
+    assert train.main(["m3vit_micro_upcycled_procroom", "--trainer.out=other", *small]) == 1  # never from nothing
+    assert "model.start: runs/shared_bottom_micro_procroom/checkpoints/" in capsys.readouterr().err
 
 
 @pytest.mark.slow
