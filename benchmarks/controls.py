@@ -55,6 +55,9 @@ QUEUE = (
     ("m3vit_micro_last_procroom", "steps"),
     ("m3vit_micro_decoder_procroom", "steps"),
     ("m3vit_micro_blind_procroom", "time"),
+    ("m3vit_micro_scarce_assigned_procroom", "steps"),
+    ("m3vit_micro_scarce_frozen_procroom", "steps"),
+    ("m3vit_micro_scarce_procroom", "steps"),
     (REFERENCE, "long"),
     (SINGLE, "long"),
 )

@@ -161,6 +161,33 @@ def m3vit_micro_assigned_procroom() -> Recipe:
     return _procroom("m3vit_micro_assigned_procroom", "m3vit_micro", gate="assigned", gate_args={"assignment": PAIRS})
 
 
+# as many experts as groups of related tasks, each as large as four of the others and one per token: same parameters, same
+# work, but experts that no task can avoid sharing
+SCARCE: dict[str, Any] = {"experts": 4, "k": 1, "hidden_ratio": 4}
+
+
+@register
+def m3vit_micro_scarce_procroom() -> Recipe:
+    """m3vit_micro_procroom with four large experts per layer, one per token."""
+    return _procroom("m3vit_micro_scarce_procroom", "m3vit_micro", **SCARCE, **PROCROOM)
+
+
+@register
+def m3vit_micro_scarce_frozen_procroom() -> Recipe:
+    """Control of m3vit_micro_scarce_procroom: the routers of all tasks stay as they were drawn."""
+    how = {"normalize": "detached", "frozen": True}
+    return _procroom("m3vit_micro_scarce_frozen_procroom", "m3vit_micro", **SCARCE, gate_args=how)
+
+
+@register
+def m3vit_micro_scarce_assigned_procroom() -> Recipe:
+    """Control of m3vit_micro_scarce_procroom: experts assigned by hand, one to each pair of related tasks."""
+    pairs = [[experts[0] // 4] for experts in PAIRS]
+    return _procroom(
+        "m3vit_micro_scarce_assigned_procroom", "m3vit_micro", **SCARCE, gate="assigned", gate_args={"assignment": pairs}
+    )
+
+
 @register
 def shared_bottom_micro_procroom() -> Recipe:
     """Dense control of m3vit_micro_procroom: one backbone of the same width for all tasks."""
