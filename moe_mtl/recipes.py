@@ -161,8 +161,8 @@ def m3vit_micro_assigned_procroom() -> Recipe:
     return _procroom("m3vit_micro_assigned_procroom", "m3vit_micro", gate="assigned", gate_args={"assignment": PAIRS})
 
 
-# as many experts as groups of related tasks, each as large as four of the others and one per token: same parameters, same
-# work, but experts that no task can avoid sharing
+# as many experts as groups of related tasks, each as large as four of the others and one per token: same parameters,
+# same work, but experts that no task can avoid sharing
 SCARCE: dict[str, Any] = {"experts": 4, "k": 1, "hidden_ratio": 4}
 
 
@@ -182,10 +182,8 @@ def m3vit_micro_scarce_frozen_procroom() -> Recipe:
 @register
 def m3vit_micro_scarce_assigned_procroom() -> Recipe:
     """Control of m3vit_micro_scarce_procroom: experts assigned by hand, one to each pair of related tasks."""
-    pairs = [[experts[0] // 4] for experts in PAIRS]
-    return _procroom(
-        "m3vit_micro_scarce_assigned_procroom", "m3vit_micro", **SCARCE, gate="assigned", gate_args={"assignment": pairs}
-    )
+    how = {"assignment": [[experts[0] // 4] for experts in PAIRS]}
+    return _procroom("m3vit_micro_scarce_assigned_procroom", "m3vit_micro", **SCARCE, gate="assigned", gate_args=how)
 
 
 @register
