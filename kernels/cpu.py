@@ -18,6 +18,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from moe_mtl.kernels.plan import Plan
+
 aten = torch.ops.aten
 
 # name -> (value into out, gradient times derivative into grad_input; in place is allowed)
@@ -70,17 +72,15 @@ def moe_mlp(
     w2: Tensor,
     b2: Tensor | None,
     gates: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
+    plan: Plan,
     activation: str,
     glu: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Forward of `ops.moe_mlp`: y [m, o] and the sorted pre-activations z [r, (1|2)h], empty unless `save`."""
-    bounds = offsets.tolist()
+    bounds = plan.offsets.tolist()
     run = _forward_padded if use_padded(bounds) else _forward_segments
-    return run(x, w1, b1, w2, b2, gates, order, inverse, offsets, bounds, activation, glu, save)
+    return run(x, w1, b1, w2, b2, gates, plan, bounds, activation, glu, save)
 
 
 def moe_mlp_backward(
@@ -91,17 +91,15 @@ def moe_mlp_backward(
     w2: Tensor,
     b2: Tensor | None,
     gates: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
+    plan: Plan,
     activation: str,
     glu: bool,
     need: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w1, b1, w2, b2 and gates, in that order; None where `need` is False."""
-    bounds = offsets.tolist()
+    bounds = plan.offsets.tolist()
     run = _backward_padded if use_padded(bounds) else _backward_segments
-    return run(dy, x, z, w1, w2, b2, gates, order, inverse, offsets, bounds, activation, glu, need)
+    return run(dy, x, z, w1, w2, b2, gates, plan, bounds, activation, glu, need)
 
 
 def activate(z: Tensor, out: Tensor, activation: str, glu: bool) -> Tensor:
@@ -146,9 +144,9 @@ def _slot_gates(gates: Tensor, inverse: Tensor, used: int) -> Tensor:
     return flat if used == flat.shape[0] else flat.masked_fill(inverse >= used, 0)
 
 
-def _forward_segments(x, w1, b1, w2, b2, gates, order, inverse, offsets, bounds, activation, glu, save):
+def _forward_segments(x, w1, b1, w2, b2, gates, plan, bounds, activation, glu, save):
     (m, k), experts, hidden, used, most = gates.shape, w1.shape[0], w2.shape[2], bounds[-1], _most(bounds)
-    tokens = order // k
+    tokens = plan.order // k
     z = x.new_empty(m * k if save else 0, w1.shape[1])
     ys = x.new_empty(m * k, w2.shape[1])
     # Buffers one expert long stay in cache and are not paged in anew for every expert.
@@ -165,16 +163,16 @@ def _forward_segments(x, w1, b1, w2, b2, gates, order, inverse, offsets, bounds,
     if used < m * k:
         ys[used:].zero_()
         z[used:].zero_()
-    return combine(ys, inverse, k, _slot_gates(gates, inverse, used).to(x.dtype)), z
+    return combine(ys, plan.inverse, k, _slot_gates(gates, plan.inverse, used).to(x.dtype)), z
 
 
-def _backward_segments(dy, x, z, w1, w2, b2, gates, order, inverse, offsets, bounds, activation, glu, need):
+def _backward_segments(dy, x, z, w1, w2, b2, gates, plan, bounds, activation, glu, need):
     need_x, need_w1, need_b1, need_w2, need_b2, need_gates = need
     need_z = need_x or need_w1 or need_b1
     (m, k), (experts, wide, dim), (_, out_dim, hidden) = gates.shape, w1.shape, w2.shape
     used, most = bounds[-1], _most(bounds)
-    tokens = order // k
-    p = _slot_gates(gates, inverse, used).index_select(0, order)[:, None]
+    tokens = plan.order // k
+    p = _slot_gates(gates, plan.inverse, used).index_select(0, plan.order)[:, None]
     dw1 = torch.empty_like(w1) if need_w1 else None
     db1 = w1.new_empty(experts, wide) if need_b1 else None
     dw2 = torch.empty_like(w2) if need_w2 else None
@@ -221,12 +219,12 @@ def _backward_segments(dy, x, z, w1, w2, b2, gates, order, inverse, offsets, bou
         for tail in (dxs, dp):
             if tail is not None:
                 tail[used:].zero_()
-    dx = combine(dxs, inverse, k, None) if need_x else None
-    dgates = dp.index_select(0, inverse).view(m, k) if need_gates else None
+    dx = combine(dxs, plan.inverse, k, None) if need_x else None
+    dgates = dp.index_select(0, plan.inverse).view(m, k) if need_gates else None
     return dx, dw1, db1, dw2, db2, dgates
 
 
-def _pad(offsets: Tensor, bounds: list[int], inverse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pad(plan: Plan, bounds: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Index maps between sorted rows and the padded block of e x c rows.
 
     Returns:
@@ -234,47 +232,47 @@ def _pad(offsets: Tensor, bounds: list[int], inverse: Tensor) -> tuple[Tensor, T
         its last one, so that a NaN reaches no other expert; the place of every used sorted row [used]; the place of
         every slot [m k], unused slots at e c, one past the block.
     """
-    used, slots = bounds[-1], inverse.shape[0]
-    starts, last = offsets[:-1, None], (offsets[1:, None] - 1).clamp_min_(0)
-    rows = starts + torch.arange(_most(bounds), dtype=torch.int32, device=offsets.device)
-    filled = rows < offsets[1:, None]
+    used, slots = bounds[-1], plan.inverse.shape[0]
+    starts, last = plan.offsets[:-1, None], (plan.offsets[1:, None] - 1).clamp_min_(0)
+    rows = starts + torch.arange(_most(bounds), dtype=torch.int32, device=plan.offsets.device)
+    filled = rows < plan.offsets[1:, None]
     place = filled.view(-1).nonzero().view(-1)  # places and sorted rows are both ordered by expert
     by_row = place if used == slots else torch.cat([place, place.new_full((slots - used,), filled.numel())])
-    return filled, torch.minimum(rows, last).view(-1), place, by_row.index_select(0, inverse)
+    return filled, torch.minimum(rows, last).view(-1), place, by_row.index_select(0, plan.inverse)
 
 
-def _forward_padded(x, w1, b1, w2, b2, gates, order, inverse, offsets, bounds, activation, glu, save):
+def _forward_padded(x, w1, b1, w2, b2, gates, plan, bounds, activation, glu, save):
     k, experts, used = gates.shape[1], w1.shape[0], bounds[-1]
-    filled, rows, place, slots = _pad(offsets, bounds, inverse)
+    filled, rows, place, slots = _pad(plan, bounds)
     c = filled.shape[1]
-    xs = x.index_select(0, order.index_select(0, rows) // k).view(experts, c, -1)
+    xs = x.index_select(0, plan.order.index_select(0, rows) // k).view(experts, c, -1)
     z = linear_padded(xs, w1, b1, x.new_empty(experts, c, w1.shape[1]))
     h = activate(z, x.new_empty(experts, c, w2.shape[2]), activation, glu)
-    spare = used < inverse.shape[0]
+    spare = used < plan.inverse.shape[0]
     ys = x.new_empty(experts * c + spare, w2.shape[1])
     linear_padded(h, w2, b2, ys[: experts * c].view(experts, c, -1))
     if spare:
         ys[-1].zero_()
-    y = combine(ys, slots, k, _slot_gates(gates, inverse, used).to(x.dtype))
+    y = combine(ys, slots, k, _slot_gates(gates, plan.inverse, used).to(x.dtype))
     if not save:
         return y, x.new_empty(0, w1.shape[1])
     z = z.view(experts * c, -1)
     if not spare:
         return y, z.index_select(0, place)
-    saved = z.new_zeros(inverse.shape[0], z.shape[1])
+    saved = z.new_zeros(plan.inverse.shape[0], z.shape[1])
     torch.index_select(z, 0, place, out=saved[:used])
     return y, saved
 
 
-def _backward_padded(dy, x, z, w1, w2, b2, gates, order, inverse, offsets, bounds, activation, glu, need):
+def _backward_padded(dy, x, z, w1, w2, b2, gates, plan, bounds, activation, glu, need):
     need_x, need_w1, need_b1, need_w2, need_b2, need_gates = need
     need_z = need_x or need_w1 or need_b1
     (m, k), (experts, wide, _), hidden, used = gates.shape, w1.shape, w2.shape[2], bounds[-1]
-    filled, rows, _, slots = _pad(offsets, bounds, inverse)
+    filled, rows, _, slots = _pad(plan, bounds)
     c = filled.shape[1]
-    slot = order.index_select(0, rows)
+    slot = plan.order.index_select(0, rows)
     tokens = slot // k
-    p = _slot_gates(gates, inverse, used).index_select(0, slot).view(experts, c)
+    p = _slot_gates(gates, plan.inverse, used).index_select(0, slot).view(experts, c)
     p = p.masked_fill_(~filled, 0)[..., None]
     dx = dw1 = db1 = dw2 = db2 = dgates = h = None
 
@@ -318,26 +316,26 @@ def _backward_padded(dy, x, z, w1, w2, b2, gates, order, inverse, offsets, bound
     return dx, dw1, db1, dw2, db2, dgates
 
 
-def grouped_linear(x: Tensor, w: Tensor, b: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, w: Tensor, b: Tensor | None, plan: Plan) -> Tensor:
     """Forward of `ops.grouped_linear`: y [m, o]."""
-    bounds, groups = offsets.tolist(), w.shape[0]
-    xs = x.index_select(0, order)
+    bounds, groups = plan.offsets.tolist(), w.shape[0]
+    xs = x.index_select(0, plan.order)
     ys = x.new_empty(x.shape[0], w.shape[1])
     for start, stop, w_e, b_e in zip(bounds, bounds[1:], w.unbind(), unbind(b, groups), strict=False):
         if stop > start:
             linear(xs[start:stop], w_e, b_e, ys[start:stop])
     ys[bounds[-1] :].zero_()
-    return ys.index_select(0, inverse)
+    return ys.index_select(0, plan.inverse)
 
 
 def grouped_linear_backward(
-    dy: Tensor, x: Tensor | None, w: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, need: list[bool]
+    dy: Tensor, x: Tensor | None, w: Tensor, plan: Plan, need: list[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w and b, in that order; None where `need` is False."""
     need_x, need_w, need_b = need
-    bounds = offsets.tolist()
-    g = dy.index_select(0, order)
-    xs = x.index_select(0, order) if need_w else None
+    bounds = plan.offsets.tolist()
+    g = dy.index_select(0, plan.order)
+    xs = x.index_select(0, plan.order) if need_w else None
     dxs = dy.new_empty(dy.shape[0], w.shape[2]) if need_x else None
     dw = torch.empty_like(w) if need_w else None
     db = w.new_empty(w.shape[:2]) if need_b else None
@@ -350,4 +348,4 @@ def grouped_linear_backward(
             torch.sum(g[start:stop], 0, out=db[e])
     if need_x:
         dxs[bounds[-1] :].zero_()
-    return dxs.index_select(0, inverse) if need_x else None, dw, db
+    return dxs.index_select(0, plan.inverse) if need_x else None, dw, db

@@ -7,16 +7,18 @@ they run the same bodies through an `autograd.Function`, which saves about 0.1 m
 """
 
 import difflib
+import importlib.util
+import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_mtl.kernels import cpu
-
-# Where a kernel for another device joins: name -> module with the four functions of cpu.py.
-BACKENDS: dict[str, Any] = {"cpu": cpu}
+# Where a kernel for another device joins: name -> module with the four functions of cpu.py, imported when it is used.
+BACKENDS = {"cpu": "moe_mtl.kernels.cpu", "triton": "moe_mtl.kernels.gpu", "grouped_mm": "moe_mtl.kernels.grouped_mm"}
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 
 
@@ -37,12 +39,59 @@ def check_name(argument: str, name: str, known) -> None:
         raise ValueError(f"{argument}: got {name!r}, known: {', '.join(known)}{hint}")
 
 
-def resolve(backend: str) -> str:
-    """The backend that will run. "auto" is the segment code, the only one, for every device."""
+def runs_triton(device: torch.device) -> bool:
+    """Whether our Triton kernels run there: NVIDIA chips from compute capability 8.0 on."""
+    nvidia = HAS_TRITON and device.type == "cuda" and torch.version.cuda is not None
+    return nvidia and torch.cuda.get_device_properties(device).major >= 8
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels are interpreted on the CPU, for tests."""
+    return HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def resolve(backend: str, x: Tensor, *widths: int) -> str:
+    """The backend that will run.
+
+    "auto" takes Triton on the GPUs it is written for. On other devices it takes torch's grouped product where dtype and
+    widths allow it; for all else, float64 among it, the segments of cpu.py, which run anywhere but ask for counts.
+
+    Args:
+        backend: "auto", "reference" or a name in `BACKENDS`.
+        x: tokens.
+        widths: lengths of the rows of all products.
+
+    Raises:
+        ValueError: the name is unknown, or that backend cannot run on these tokens.
+    """
+    whole_rows = x.dtype != torch.float64 and all(width * x.element_size() % 16 == 0 for width in widths)
     if backend == "auto":
-        return "cpu"
+        if x.device.type == "cpu" or x.dtype == torch.float64:
+            return "cpu"
+        if runs_triton(x.device):
+            return "triton"
+        return "grouped_mm" if whole_rows else "cpu"
     check_name("backend", backend, ("auto", "reference", *BACKENDS))
+    if backend == "grouped_mm" and not whole_rows:
+        raise ValueError(
+            f"backend: 'grouped_mm' needs rows of whole 16 bytes and no float64, but widths are {list(widths)} of "
+            f"{x.dtype}; use 'auto'"
+        )
+    if backend == "triton":
+        if x.dtype == torch.float64:
+            raise ValueError("backend: 'triton' has no float64; use 'cpu', which runs on any device, or 'reference'")
+        if not (runs_triton(x.device) or interpreted()):
+            raise ValueError(
+                f"backend: 'triton' needs the package triton and an NVIDIA GPU of compute capability 8.0 or newer, but "
+                f"x is on {x.device}; use 'auto'"
+            )
     return backend
+
+
+@cache
+def backend_module(name: str) -> Any:
+    """The module of a backend in `BACKENDS`."""
+    return importlib.import_module(BACKENDS[name])
 
 
 def check_kind(x: Tensor, **others: Tensor | None) -> None:

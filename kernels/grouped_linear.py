@@ -9,8 +9,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_mtl.kernels import reference
 from moe_mtl.kernels.dispatch import (
-    BACKENDS,
     autocast,
+    backend_module,
     check_kind,
     filled,
     needs_grad,
@@ -21,7 +21,7 @@ from moe_mtl.kernels.dispatch import (
     traced,
     wanted,
 )
-from moe_mtl.kernels.plan import plan_routing
+from moe_mtl.kernels.plan import Plan, plan_routing
 
 
 def grouped_linear(x: Tensor, w: Tensor, b: Tensor | None, ids: Tensor, *, backend: str = "auto") -> Tensor:
@@ -49,7 +49,7 @@ def grouped_linear(x: Tensor, w: Tensor, b: Tensor | None, ids: Tensor, *, backe
     if ids.shape != x.shape[:1]:
         raise ValueError(f"ids: got {shape(ids)}, expected one id per row, [{x.shape[0]}]")
     check_kind(x, w=w, b=b)
-    backend = resolve(backend)
+    backend = resolve(backend, x, *w.shape[1:])
     if backend == "reference":
         return reference.grouped_linear(x, w, b, ids)
     args = (x, w, b, *plan_routing(ids[:, None], w.shape[0]), backend)
@@ -59,9 +59,9 @@ def grouped_linear(x: Tensor, w: Tensor, b: Tensor | None, ids: Tensor, *, backe
 
 
 def _forward(
-    x: Tensor, w: Tensor, b: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, backend: str
+    x: Tensor, w: Tensor, b: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, tiles: Tensor, backend: str
 ) -> Tensor:
-    return plain(BACKENDS[backend].grouped_linear, x.device, x, w, b, order, inverse, offsets)
+    return plain(backend_module(backend).grouped_linear, x.device, x, w, b, Plan(order, inverse, offsets, tiles))
 
 
 def _backward(
@@ -71,11 +71,12 @@ def _backward(
     order: Tensor,
     inverse: Tensor,
     offsets: Tensor,
+    tiles: Tensor,
     backend: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = BACKENDS[backend].grouped_linear_backward
-    return filled(plain(run, dy.device, dy, x, w, order, inverse, offsets, need), dy)
+    run = backend_module(backend).grouped_linear_backward
+    return filled(plain(run, dy.device, dy, x, w, Plan(order, inverse, offsets, tiles), need), dy)
 
 
 _forward_op = torch.library.custom_op("moe_mtl::grouped_linear", _forward, mutates_args=())
@@ -88,23 +89,23 @@ def _(x, w, *_):
 
 
 @_backward_op.register_fake
-def _(dy, x, w, order, inverse, offsets, backend, need):
+def _(dy, x, w, order, inverse, offsets, tiles, backend, need):
     shapes = ((dy.shape[0], w.shape[2]), w.shape, w.shape[:2])
     return tuple(dy.new_empty(s if n else 0) for s, n in zip(shapes, need, strict=True))
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, w, _, order, inverse, offsets, ctx.backend = inputs
+    x, w, _, order, inverse, offsets, tiles, ctx.backend = inputs
     ctx.need = list(ctx.needs_input_grad[:3])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if ctx.need[1] else None, w, order, inverse, offsets)
+    ctx.save_for_backward(x if ctx.need[1] else None, w, order, inverse, offsets, tiles)
 
 
 def _grads(ctx, dy):
     if dy is None:
-        return (None,) * 7
+        return (None,) * 8
     run = _backward_op if torch.is_grad_enabled() or traced(dy) else _backward
-    return wanted(run(dy, *ctx.saved_tensors, ctx.backend, ctx.need), ctx.need, 4)
+    return wanted(run(dy, *ctx.saved_tensors, ctx.backend, ctx.need), ctx.need, 5)
 
 
 _forward_op.register_autograd(_grads, setup_context=_setup)

@@ -5,9 +5,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_mtl.kernels import inference, reference
+from moe_mtl.kernels.dense import dense_mlp
 from moe_mtl.kernels.dispatch import (
-    BACKENDS,
     autocast,
+    backend_module,
     check_kind,
     check_name,
     filled,
@@ -22,7 +23,7 @@ from moe_mtl.kernels.dispatch import (
 from moe_mtl.kernels.grouped_linear import grouped_linear
 from moe_mtl.kernels.plan import Plan, check_ids, plan_routing, slot_ids
 
-__all__ = ["Plan", "check_activation", "grouped_linear", "moe_mlp", "plan_routing", "routed_mlp"]
+__all__ = ["Plan", "check_activation", "dense_mlp", "grouped_linear", "moe_mlp", "plan_routing", "routed_mlp"]
 
 
 def moe_mlp(
@@ -53,7 +54,8 @@ def moe_mlp(
         plan: `plan_routing` of the ids [m, k].
         activation: "gelu" (exact), "silu" or "relu".
         glu: gated linear unit.
-        backend: "auto"; "cpu", sorted segments in plain torch, which run on any device; "reference", the oracle.
+        backend: "auto"; "triton"; "grouped_mm", torch's grouped product; "cpu", sorted segments in plain torch, which
+            run on any device; "reference", the oracle. See `moe_mtl.kernels.dispatch.resolve`.
 
     Returns:
         y [m, o] in the dtype of x.
@@ -154,7 +156,7 @@ def _prepare(x, w1, b1, w2, b2, gates, activation, glu):
 
 
 def _planned(x, w1, b1, w2, b2, gates, plan, activation, glu, backend) -> Tensor:
-    backend = resolve(backend)
+    backend = resolve(backend, x, *w1.shape[1:], *w2.shape[1:])
     if backend == "reference":
         ids = slot_ids(plan).view(gates.shape)
         return reference.moe_mlp(x, w1, b1, w2, b2, gates, ids, activation=activation, glu=glu)
@@ -175,13 +177,14 @@ def _forward(
     order: Tensor,
     inverse: Tensor,
     offsets: Tensor,
+    tiles: Tensor,
     activation: str,
     glu: bool,
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    run = BACKENDS[backend].moe_mlp
-    return plain(run, x.device, x, w1, b1, w2, b2, gates, order, inverse, offsets, activation, glu, save)
+    run = backend_module(backend).moe_mlp
+    return plain(run, x.device, x, w1, b1, w2, b2, gates, Plan(order, inverse, offsets, tiles), activation, glu, save)
 
 
 def _backward(
@@ -195,13 +198,14 @@ def _backward(
     order: Tensor,
     inverse: Tensor,
     offsets: Tensor,
+    tiles: Tensor,
     activation: str,
     glu: bool,
     backend: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    run = BACKENDS[backend].moe_mlp_backward
-    args = (dy, x, z, w1, w2, b2, gates, order, inverse, offsets, activation, glu, need)
+    run = backend_module(backend).moe_mlp_backward
+    args = (dy, x, z, w1, w2, b2, gates, Plan(order, inverse, offsets, tiles), activation, glu, need)
     return filled(plain(run, dy.device, *args), dy)
 
 
@@ -210,7 +214,7 @@ _backward_op = torch.library.custom_op("moe_mtl::moe_mlp_backward", _backward, m
 
 
 @_forward_op.register_fake
-def _(x, w1, b1, w2, b2, gates, order, inverse, offsets, activation, glu, save, backend):
+def _(x, w1, b1, w2, b2, gates, order, inverse, offsets, tiles, activation, glu, save, backend):
     return x.new_empty(x.shape[0], w2.shape[1]), x.new_empty(order.shape[0] if save else 0, w1.shape[1])
 
 
@@ -223,20 +227,20 @@ def _(dy, x, z, w1, w2, b2, gates, *args):
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, w1, _, w2, b2, gates, order, inverse, offsets, ctx.activation, ctx.glu, _, ctx.backend = inputs
+    x, w1, _, w2, b2, gates, order, inverse, offsets, tiles, ctx.activation, ctx.glu, _, ctx.backend = inputs
     ctx.need = list(ctx.needs_input_grad[:6])
     z = output[1]
     ctx.mark_non_differentiable(z)
     ctx.set_materialize_grads(False)
     # only dw1 reads x, so frozen experts do not keep it alive
-    ctx.save_for_backward(x if ctx.need[1] else None, z, w1, w2, b2, gates, order, inverse, offsets)
+    ctx.save_for_backward(x if ctx.need[1] else None, z, w1, w2, b2, gates, order, inverse, offsets, tiles)
 
 
 def _grads(ctx, dy, _dz=None):
     if dy is None:
-        return (None,) * 13
+        return (None,) * 14
     run = _backward_op if torch.is_grad_enabled() or traced(dy) else _backward
-    return wanted(run(dy, *ctx.saved_tensors, ctx.activation, ctx.glu, ctx.backend, ctx.need), ctx.need, 7)
+    return wanted(run(dy, *ctx.saved_tensors, ctx.activation, ctx.glu, ctx.backend, ctx.need), ctx.need, 8)
 
 
 _forward_op.register_autograd(_grads, setup_context=_setup)

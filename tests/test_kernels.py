@@ -10,39 +10,30 @@ from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_mtl.kernels import cpu, grouped_linear, inference, ops, reference
+from moe_mtl.kernels import cpu, dispatch, grouped_linear, inference, ops, reference
 from moe_mtl.kernels import plan as tables
 from moe_mtl.testing import assert_matches
+from tests.kernel_cases import differentiate, make
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PATHS = {"segments": -(10**9), "padded": 10**9}
 
 
-@pytest.fixture(params=PATHS)
+@pytest.fixture(params=[*PATHS, "grouped_mm"])
 def path(request, monkeypatch):
-    """Forces one of the two CPU paths."""
-    monkeypatch.setattr(cpu, "PADDED_ROWS", PATHS[request.param])
+    """Makes "auto" one of the two CPU paths, or torch's grouped product wherever that can run."""
+    if request.param in PATHS:
+        monkeypatch.setattr(cpu, "PADDED_ROWS", PATHS[request.param])
+        return request.param
+
+    def forced(backend, x, *widths):
+        with contextlib.suppress(ValueError):
+            return dispatch.resolve(request.param if backend == "auto" else backend, x, *widths)
+        return dispatch.resolve(backend, x, *widths)
+
+    for module in (ops, grouped_linear):
+        monkeypatch.setattr(module, "resolve", forced)
     return request.param
-
-
-def make(m, d, h, o, e, k, *, glu=False, bias=True, dtype=torch.float32, idx=None):
-    """Leaves [x, w1, b1, w2, b2, gates] and ids."""
-    wide = h * (1 + glu)
-    x, gates = torch.randn(m, d), torch.rand(m, k)
-    w1, w2 = torch.randn(e, wide, d) / d**0.5, torch.randn(e, o, h) / h**0.5
-    b1, b2 = (torch.randn(e, wide), torch.randn(e, o)) if bias else (None, None)
-    leaves = [t if t is None else t.to(dtype).requires_grad_() for t in (x, w1, b1, w2, b2)]
-    gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    leaves.append(gates.to(gate_dtype).requires_grad_())
-    if idx is None:
-        idx = torch.rand(m, e).topk(k).indices
-    return leaves, idx
-
-
-def differentiate(function, leaves, cotangent):
-    """[result, gradient of every leaf], without the leaves that are None."""
-    y = function(leaves)
-    return [y, *torch.autograd.grad(y, [t for t in leaves if t is not None], cotangent.to(y.dtype))]
 
 
 def check_moe_mlp(leaves, idx, **options):
@@ -139,15 +130,15 @@ def test_grouped_reference_by_hand():
 def test_plan_invariants(data, m, k, e, dtype):
     ids = data.draw(st.lists(st.integers(-1, e - 1), min_size=m * k, max_size=m * k))
     idx = torch.tensor(ids, dtype=dtype).view(m, k)
-    order, inverse, offsets = ops.plan_routing(idx, e)
+    order, inverse, offsets, tiles = ops.plan_routing(idx, e)
     assert order.dtype == inverse.dtype == offsets.dtype == torch.int32
     # the definition: a stable sort by id, unused slots last
     expected = sorted(range(m * k), key=lambda slot: (ids[slot] if ids[slot] >= 0 else e, slot))
     assert order.tolist() == expected
     assert inverse[order.long()].tolist() == list(range(m * k))
     assert offsets.tolist() == [sum(0 <= i < bound for i in ids) for bound in range(e + 1)]
-    assert tables.slot_ids(ops.Plan(order, inverse, offsets)).tolist() == ids
-    assert all(map(torch.equal, (order, inverse, offsets), tables._plan_op(idx, e)))
+    assert tables.slot_ids(ops.Plan(order, inverse, offsets, tiles)).tolist() == ids
+    assert all(map(torch.equal, (order, inverse, offsets, tiles), tables._plan_op(idx, e)))
 
 
 @pytest.mark.parametrize("bad", [3, -2, 100])
@@ -741,7 +732,7 @@ def test_autocast(path, inside):
         ({"x": torch.randn(2, 6, 3)}, "x, w1, w2, gates: "),
         ({"x": torch.ones(6, 3, dtype=torch.int32)}, "x: got torch.int32"),
         ({"activation": "gelo"}, "activation: .*did you mean 'gelu'"),
-        ({"backend": "triton"}, "backend: got 'triton', known: auto, reference, cpu"),
+        ({"backend": "trition"}, "backend: got 'trition', known: .*did you mean 'triton'"),
         ({"glu": True}, "w1, w2: .*glu"),
     ],
 )

@@ -1,0 +1,112 @@
+"""Tile sizes of the Triton kernels, by chip, dtype and shape: a table in configs.json, nothing tuned while running.
+
+`benchmarks/tune.py` writes the table from a sweep; tests/test_compiled_kernels.py compiles every entry.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+TABLE = Path(__file__).with_name("configs.json")
+KERNELS = ("up", "down", "hidden_grad", "weight_grad", "fused")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of one kernel's tiles.
+
+    Attributes:
+        block_m: rows of a tile; one of `moe_mtl.kernels.plan.TILE_ROWS`, but for weight_grad, where it counts outputs.
+        block_n: columns of a tile.
+        block_k: how much of the summed axis a step takes.
+        warps: per program.
+        stages: steps in flight.
+        group: row tiles that use a column of weights before the next column's turn.
+        epilogues: 2 finishes the columns of a tile in two halves, which saves registers.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int = 4
+    stages: int = 3
+    group: int = 8
+    epilogues: int = 1
+
+
+INTERPRETED = Config(32, 32, 32)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the table: the first that fits is taken.
+
+    Attributes:
+        kernel: one of `KERNELS`.
+        arch: the chip's compute capability, 80 or 90; a chip takes the newest not newer than itself.
+        bits: of a number, 16 or 32.
+        glu: for experts with a gated linear unit, which have twice the first layer; None for both.
+        max_rows: up to that many rows per expert; None for any number.
+        max_width: up to that width of the result; None for any.
+        config: what to use.
+    """
+
+    kernel: str
+    arch: int
+    bits: int
+    config: Config
+    glu: bool | None = None
+    max_rows: int | None = None
+    max_width: int | None = None
+
+    def fits(self, kernel: str, arch: int, bits: int, glu: bool, rows: float, width: int) -> bool:
+        """Whether this line speaks of such a call."""
+        return (
+            (self.kernel, self.arch, self.bits) == (kernel, arch, bits)
+            and self.glu in (None, glu)
+            and (self.max_rows is None or rows <= self.max_rows)
+            and (self.max_width is None or width <= self.max_width)
+        )
+
+
+@cache
+def entries() -> tuple[Entry, ...]:
+    """The table."""
+    lines = json.loads(TABLE.read_text())
+    return tuple(Entry(**(line | {"config": Config(**line["config"])})) for line in lines)
+
+
+@cache
+def pick(kernel: str, arch: int, bits: int, glu: bool, rows: int, width: int) -> Config:
+    """The tile sizes for a call.
+
+    Args:
+        kernel: one of `KERNELS`.
+        arch: the chip's compute capability, 90 for 9.0; 0 for the interpreter.
+        bits: of a number.
+        glu: experts with a gated linear unit.
+        rows: per expert on average.
+        width: of the result.
+
+    Raises:
+        ValueError: no line of the table fits.
+    """
+    if arch == 0:
+        return INTERPRETED
+    known = [a for a in sorted({entry.arch for entry in entries()}) if a <= arch]
+    for entry in entries():
+        if known and entry.fits(kernel, known[-1], bits, glu, rows, width):
+            return entry.config
+    raise ValueError(f"backend: {TABLE.name} has no {kernel} for compute capability {arch / 10:.1f}; use backend='cpu'")
+
+
+@cache
+def chip(device: torch.device) -> tuple[int, int]:
+    """Compute capability (90 for 9.0) and number of processors of a device; 0 and 1 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 0, 1
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count

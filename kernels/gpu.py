@@ -1,0 +1,158 @@
+"""Expert kernels in Triton: what `moe_mtl.kernels.ops` runs on a GPU.
+
+Called below autograd by `moe_mtl.kernels.ops`, which owns shapes, dtypes and the meaning of the arguments. Rows are
+sorted by expert and never padded or copied into that order: kernels gather them. Products add up in float32. Rows of
+unused slots lie after all others; they are neither written nor read.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_mtl.kernels import configs
+from moe_mtl.kernels.plan import Plan, tiles_of
+from moe_mtl.kernels.triton_combine import combine
+from moe_mtl.kernels.triton_down import down
+from moe_mtl.kernels.triton_fused import fused, fused_fits
+from moe_mtl.kernels.triton_gate_grad import gate_grad
+from moe_mtl.kernels.triton_hidden_grad import hidden_grad
+from moe_mtl.kernels.triton_up import up
+from moe_mtl.kernels.triton_weight_grad import weight_grad
+
+
+class _Launch:
+    """What the kernels of one call share: the plan, the precision of products, the choice of tile sizes."""
+
+    def __init__(self, like: Tensor, plan: Plan, glu: bool = False):
+        self.arch, self.processors = configs.chip(like.device)
+        self.plan, self.glu, self.bits = plan, glu, 8 * like.element_size()
+        self.precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+    def config(self, kernel: str, width: int) -> configs.Config:
+        rows = self.plan.order.shape[0] // (self.plan.offsets.shape[0] - 1)
+        return configs.pick(kernel, self.arch, self.bits, self.glu, rows, width)
+
+    def tiles(self, config: configs.Config) -> Tensor:
+        return tiles_of(self.plan, config.block_m)
+
+    def down(self, a: Tensor, w: Tensor, b: Tensor | None, out: Tensor, **how: bool) -> Tensor:
+        config = self.config("down", out.shape[1])
+        return down(a, w, b, self.plan.order, self.tiles(config), self.precision, config, out=out, **how)
+
+    def weight_grad(self, a: Tensor, b: Tensor, k: int, **how: Any) -> tuple[Tensor, Tensor | None]:
+        config, plan = self.config("weight_grad", b.shape[1]), self.plan
+        return weight_grad(a, b, plan.order, plan.offsets, k, self.precision, config, self.processors, **how)
+
+
+def moe_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    gates: Tensor,
+    plan: Plan,
+    activation: str,
+    glu: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """Forward of `ops.moe_mlp`: y [m, o] and the sorted pre-activations z [r, (1|2)h], empty unless `save`."""
+    x, w1, b1, w2, b2, gates = _rows(x), _stacked(w1), _whole(b1), _stacked(w2), _whole(b2), gates.contiguous()
+    k = gates.shape[1]
+    if x.shape[0] == 0:
+        return x.new_empty(0, w2.shape[1]), x.new_empty(0, w1.shape[1])
+    launch = _Launch(x, plan, glu)
+    if not save and fused_fits(w1, w2, glu):
+        config = launch.config("fused", w2.shape[1])
+        ys = fused(x, w1, b1, w2, b2, plan.order, launch.tiles(config), k, activation, launch.precision, config)
+        return combine(ys, gates, plan.inverse, plan.offsets, k), x.new_empty(0, w1.shape[1])
+    config = launch.config("up", w2.shape[2])
+    h, z = up(x, w1, b1, plan.order, launch.tiles(config), k, activation, glu, save, launch.precision, config)
+    ys = launch.down(h, w2, b2, x.new_empty(plan.order.shape[0], w2.shape[1]))
+    return combine(ys, gates, plan.inverse, plan.offsets, k), z
+
+
+def moe_mlp_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    z: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b2: Tensor | None,
+    gates: Tensor,
+    plan: Plan,
+    activation: str,
+    glu: bool,
+    need: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w1, b1, w2, b2 and gates, in that order; None where `need` is False."""
+    need_x, need_w1, need_b1, need_w2, need_b2, need_gates = need
+    if dy.shape[0] == 0:
+        shapes = ((0, w1.shape[2]), w1.shape, w1.shape[:2], w2.shape, w2.shape[:2])
+        zeros = [dy.new_zeros(shape) if wanted else None for shape, wanted in zip(shapes, need[:5], strict=True)]
+        return *zeros, torch.zeros_like(gates) if need_gates else None
+    dy, w1, w2, b2, gates, dtype = _rows(dy), _stacked(w1), _stacked(w2), _whole(b2), gates.contiguous(), gates.dtype
+    k, launch = gates.shape[1], _Launch(dy, plan, glu)
+    need_dz = need_x or need_w1 or need_b1
+    dz = ph = parts = dx = dw1 = db1 = dw2 = db2 = dgates = None
+    if need_dz or need_w2 or need_gates:
+        config = launch.config("hidden_grad", w2.shape[2])
+        wanted = {"need_dz": need_dz, "need_ph": need_w2, "need_parts": need_gates}
+        args = (dy, w2, z, gates, plan.order, launch.tiles(config), activation, glu, launch.precision, config)
+        dz, ph, parts = hidden_grad(*args, **wanted)
+    if need_gates:
+        dgates = gate_grad(parts, dy, b2, plan.inverse, plan.offsets, k, dtype)
+    if need_w2:
+        dw2, db2 = launch.weight_grad(dy, ph, k, bias=need_b2, scale=gates, gather_a=True)
+    elif need_b2:
+        _, db2 = launch.weight_grad(dy, dy[:, :1], k, bias=True, scale=gates, gather_a=True, gather_b=True)
+    if need_w1:
+        dw1, db1 = launch.weight_grad(dz, _rows(x), k, bias=need_b1, gather_b=True)
+    elif need_b1:
+        _, db1 = launch.weight_grad(dz, dz[:, :1], k, bias=True)
+    if need_x:
+        dxs = launch.down(dz, w1, None, dy.new_empty(plan.order.shape[0], w1.shape[2]), transposed=True)
+        dx = combine(dxs, None, plan.inverse, plan.offsets, k)
+    return dx, dw1, db1, dw2, db2, dgates
+
+
+def grouped_linear(x: Tensor, w: Tensor, b: Tensor | None, plan: Plan) -> Tensor:
+    """Forward of `ops.grouped_linear`: y [m, o]."""
+    y = x.new_zeros(x.shape[0], w.shape[1])
+    if x.shape[0] == 0:
+        return y
+    return _Launch(x, plan).down(_rows(x), _stacked(w), _whole(b), y, gather=True, scatter=True)
+
+
+def grouped_linear_backward(
+    dy: Tensor, x: Tensor | None, w: Tensor, plan: Plan, need: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w and b, in that order; None where `need` is False."""
+    need_x, need_w, need_b = need
+    if dy.shape[0] == 0:
+        shapes = ((0, w.shape[2]), w.shape, w.shape[:2])
+        return tuple(dy.new_zeros(shape) if wanted else None for shape, wanted in zip(shapes, need, strict=True))
+    dy, w, launch = _rows(dy), _stacked(w), _Launch(dy, plan)
+    dx = dw = db = None
+    if need_x:
+        out = dy.new_zeros(dy.shape[0], w.shape[2])
+        dx = launch.down(dy, w, None, out, transposed=True, gather=True, scatter=True)
+    if need_w or need_b:
+        right = _rows(x) if need_w else dy[:, :1]
+        dw, db = launch.weight_grad(dy, right, 1, bias=need_b, gather_a=True, gather_b=True)
+    return dx, dw if need_w else None, db
+
+
+def _rows(t: Tensor) -> Tensor:
+    """A matrix whose rows are contiguous, at any distance from each other."""
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _stacked(w: Tensor) -> Tensor:
+    """Weights each expert of which is contiguous."""
+    return w if w.stride(2) == 1 and w.stride(1) == w.shape[2] else w.contiguous()
+
+
+def _whole(t: Tensor | None) -> Tensor | None:
+    return t if t is None else t.contiguous()
