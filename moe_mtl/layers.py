@@ -45,7 +45,11 @@ class MoE(nn.Module):
             Outputs [m, d_out] and the routing that made them.
         """
         routing = self.gate(x, task, valid)
-        return self.experts(x, self.gate.in_bank(routing)), routing
+        local = self.gate.in_bank(routing)
+        # Gates of other classes than "task" name k different experts: of k experts, all, which makes a dense mixture.
+        if local.indices is not None and local.k == local.num_experts and self.gate.compute_class != "task":
+            local = Routing(local.dense_weights(), None, local.logits, local.task, local.valid)
+        return self.experts(x, local), routing
 
     @property
     def kept_experts(self) -> list[int]:
