@@ -3,14 +3,17 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help setup demo runs test slow lint fix types bench clean
+.PHONY: help setup demo runs test slow test-triton36 compile lint fix types bench gpu clean
 help:
 	@echo "make demo    score the pretrained model, cut one task out, train a little; writes runs/demo/report.html"
 	@echo "make runs    train the controls of the pretrained model that are still missing; writes docs/controls.md"
 	@echo "make test    the test suite (CPU, no network)"
 	@echo "make slow    the test suite with the minutes-long tests"
+	@echo "make compile       the Triton kernels for sm_80 and sm_90: registers, spills, shared memory"
+	@echo "make test-triton36 their tests with the oldest Triton"
 	@echo "make lint    ruff            make fix    let ruff mend and format"
 	@echo "make types   pyright         make bench  the MoE layer against its peers"
+	@echo "make gpu     on a machine with an NVIDIA GPU, no installation: checks, times and tunes the kernels; OUT=folder"
 	@echo "make clean   remove the environment, caches and runs/demo"
 
 setup: $(READY)
@@ -36,6 +39,15 @@ test: $(READY)
 slow: $(READY)
 	$(PY) -m pytest -n 2 --dist=worksteal --runslow
 
+# the oldest Triton the kernels work with: interpreter tests and compilation; its interpreter needs NumPy below 2.4
+OLD := .triton36
+test-triton36: $(READY)
+	test -d $(OLD) || $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLD) triton==3.6.0 'numpy<2.4'
+	PYTHONPATH=$(OLD) $(PY) -m pytest -n 2 tests/test_triton.py tests/test_compiled_kernels.py
+
+compile: $(READY)
+	$(PY) benchmarks/compile_kernels.py
+
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -52,5 +64,9 @@ types: $(READY)  # the mapped folders laid out as the wheel lays them out (links
 bench: $(READY)
 	$(PY) benchmarks/moe_layer.py
 
+OUT ?= runs/gpu
+gpu:  # any Python with torch and triton will do
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) benchmarks/gpu.py $(OUT)
+
 clean:
-	rm -rf .venv .typecheck .pytest_cache .ruff_cache build *.egg-info runs/demo
+	rm -rf .venv .triton36 .typecheck .pytest_cache .ruff_cache build *.egg-info runs/demo

@@ -1,230 +1,316 @@
-"""The MoE layer against its peers on this machine: `python benchmarks/moe_layer.py [--dtype bf16] [--rows ...]`.
+"""The MoE layer against its peers on this machine: `make bench`, or
+
+    python benchmarks/moe_layer.py [--device cuda] [--dtype bf16] [--rows 0 3 8]
 
 Every provider runs in the same process, rounds interleaved, and each round is compared with the dense MLP of the same
-round: an MLP of hidden width k h, which does as many multiplications per token as k experts of width h. The ratio is
-the median over rounds. All routed providers pay for the same router; ours pays for the sort tables as well. Before
-timing, each provider's output is checked against the reference.
+round: an MLP of hidden width k h, which does as many multiplications per token as k experts of width h. Times are
+medians over rounds, ratios medians of the rounds' ratios with their 20th and 80th percentile. TFLOP/s counts the
+products alone: 4 T k D H forward (6 with a gated unit), three times that with the backward. "limit" is the share of the
+speed that the roofline allows (benchmarks/roofline.py), from ceilings measured in the same run. "saved" is what the
+experts keep for their backward, without weights.
+
+All routed providers pay for the same router: the library's gate (`--router noisy_topk`, the default on a CPU), or none:
+weights and ids are given (`--router given`, the default on a GPU, where the limit speaks of the experts alone). Ours
+pays for the sort tables as well. On a GPU, forward and forward with backward are also timed under a CUDA graph.
+
+Nothing is timed that is not right: first the ops' outputs and gradients are checked on small sizes, where a failure
+ends the run, then every provider's output against the reference at every shape.
 """
 
 import argparse
-import csv
-import datetime
+import gc
 import os
-import platform
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout will do
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
-from torch.nn import functional as F
+from checks import DTYPES, SIZES, Case, check_mlp, precision
+from measure import WaitsForGPU, captured, interleaved, saved_bytes
+from peers import Provider, providers, told
+from records import CSV, append, columns_fit, cpu_name, machine, triton_version
+from roofline import Ceilings, Limits, ceilings, limits, saved_limit
+from shapes import SHAPES, Shape
+from torch import Tensor
 
-from moe_mtl.experts import ExpertBank
 from moe_mtl.gates.noisy_topk import NoisyTopKGate
-from moe_mtl.kernels import reference
+from moe_mtl.kernels import dispatch, ops
 from moe_mtl.memory import keep_freed_memory
 from moe_mtl.routing import Routing
 
-CSV = Path(__file__).with_name("results.csv")
-COLUMNS = [
-    "date", "op", "provider", "mode", "dtype", "tokens", "dim", "hidden", "experts", "k", "activation", "glu",
-    "best_ms", "median_ms", "ratio_dense", "ratio_p20", "ratio_p80", "rounds", "threads", "allocator", "cpu", "torch",
-    "commit",
-]  # fmt: skip
+CPU_FLOPS = 20e9  # of a forward; larger shapes take minutes each on a CPU
+BUSY = 0.5  # load above which a CPU is not free to measure
+OVER_GROUPED_MM = 1.3
+GRAPH_TARGETS_US = {"ViT-S, one image": 12.0}
+TOLERANCE = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 1e-2, "bf16": 4e-2}  # relative norm, between two of the same dtype
+OURS, GROUPED, REFERENCE = "moe_mtl", "F.grouped_mm", "reference loop"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One shape; the names are those of the axis legend in moe_mtl.routing."""
+@dataclass
+class Result:
+    """What was measured of one shape.
 
-    tokens: int
-    dim: int
-    hidden: int
-    experts: int
-    k: int
-    glu: bool = False
+    Attributes:
+        shape: the layer.
+        seconds: by mode and provider, one per round.
+        saved: bytes kept for the backward by each routed provider.
+        allowed: bytes that ours may keep.
+        limits: least seconds.
+        notes: what did not run and why.
+    """
 
-    @property
-    def activation(self) -> str:
-        return "silu" if self.glu else "gelu"
+    shape: Shape
+    limits: Limits
+    seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    saved: dict[str, int] = field(default_factory=dict)
+    allowed: int = 0
+    notes: list[str] = field(default_factory=list)
 
-    def __str__(self) -> str:
-        return f"T{self.tokens} D{self.dim} H{self.hidden} E{self.experts} k{self.k}" + " silu-glu" * self.glu
+    def median(self, mode: str, name: str) -> float:
+        return statistics.median(self.seconds[mode][name])
 
+    def ratios(self, mode: str, name: str, to: str = "dense") -> list[float]:
+        """Of the rounds, in ascending order."""
+        times = self.seconds[mode]
+        return sorted(a / b for a, b in zip(times[name], times[to], strict=True))
 
-ROWS = (
-    Row(1576, 384, 1536, 16, 2),
-    Row(1576, 384, 1536, 16, 2, glu=True),
-    Row(1576, 384, 384, 16, 4),
-    Row(1008, 384, 384, 16, 4),
-    Row(197, 384, 384, 16, 4),
-    Row(394, 192, 192, 16, 4),
-    Row(64, 96, 96, 16, 4),
-)
+    def tflops(self, mode: str, name: str) -> float:
+        return self.shape.forward_flops * (3 if mode.endswith("bwd") else 1) / self.median(mode, name) / 1e12
 
-
-class Dense(nn.Module):
-    """The upper bound: one MLP of the same active width."""
-
-    def __init__(self, row: Row):
-        super().__init__()
-        self.first = nn.Linear(row.dim, row.hidden * row.k * (1 + row.glu))
-        self.second = nn.Linear(row.hidden * row.k, row.dim)
-        self.glu, self.act = row.glu, F.silu if row.glu else F.gelu
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.first(x)
-        if self.glu:
-            gate, up = z.chunk(2, dim=-1)
-            return self.second(self.act(gate) * up)
-        return self.second(self.act(z))
+    def share(self, mode: str, name: str) -> float:
+        """Of the limit: 1 is as fast as it."""
+        return self.limits.of(mode) / self.median(mode, name)
 
 
-def grouped_mm(bank: ExpertBank, x: Tensor, routing: Routing) -> Tensor:
-    """torch's own grouped product, the way its layers are usually written. It takes no bias: added by row."""
-    m, k = routing.indices.shape
-    ids, order = routing.indices.flatten().sort(stable=True)
-    ends = torch.bincount(ids, minlength=bank.num_experts).cumsum(0).int()
-    z = F.grouped_mm(x[order // k], bank.w1.mT, offs=ends)
-    z = z if bank.b1 is None else z + bank.b1[ids]
-    if bank.glu:
-        gate, up = z.chunk(2, dim=-1)
-        h = F.silu(gate) * up
-    else:
-        h = F.gelu(z)
-    ys = F.grouped_mm(h, bank.w2.mT, offs=ends)
-    ys = ys if bank.b2 is None else ys + bank.b2[ids]
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0]))
-    return (ys[inverse].view(m, k, -1) * routing.weights[..., None]).sum(1).to(x.dtype)
-
-
-def transformers_eager(row: Row, bank: ExpertBank) -> nn.Module:
-    """transformers' loop over experts (Mixtral's, experts_implementation "eager"), sharing our weights."""
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-
-    config = MixtralConfig(
-        hidden_size=row.dim, intermediate_size=row.hidden, num_local_experts=row.experts, num_experts_per_tok=row.k
-    )
-    config._experts_implementation = "eager"
-    experts = MixtralExperts(config)
-    experts.gate_up_proj, experts.down_proj = bank.w1, bank.w2
-    return experts
-
-
-def providers(row: Row, dtype: torch.dtype) -> tuple[dict[str, Callable[[Tensor], Tensor]], list[nn.Parameter]]:
-    """name -> layer, and all their parameters."""
-    gate = NoisyTopKGate(row.dim, row.experts, 1, row.k)
-    bank = ExpertBank(row.experts, row.dim, row.hidden, activation=row.activation, glu=row.glu, bias=not row.glu)
-    bank.to(dtype)
-    dense = Dense(row).to(dtype)
-
-    def loop(x: Tensor) -> Tensor:
-        routing = gate(x, 0)
-        return reference.moe_mlp(
-            x,
-            bank.w1,
-            bank.b1,
-            bank.w2,
-            bank.b2,
-            routing.weights,
-            routing.indices,
-            activation=row.activation,
-            glu=row.glu,
-        )
-
-    layers = {
-        "dense": dense,
-        "moe_mtl": lambda x: bank(x, gate(x, 0)),
-        "reference loop": loop,
-        "F.grouped_mm": lambda x: grouped_mm(bank, x, gate(x, 0)),
-    }
-    if row.glu:
-        experts = transformers_eager(row, bank)
-
-        def eager(x: Tensor) -> Tensor:
-            routing = gate(x, 0)
-            return experts(x, routing.indices, routing.weights)
-
-        layers["transformers eager"] = eager
-    return layers, [*gate.parameters(), *bank.parameters(), *dense.parameters()]
-
-
-def check(layers: dict[str, Callable], x: Tensor) -> None:
-    """No timing of a wrong answer: every routed provider agrees with the reference loop."""
-    with torch.no_grad():
-        torch.manual_seed(1)
-        expected = layers["reference loop"](x).float()
-        for name, layer in layers.items():
-            torch.manual_seed(1)  # the gate draws its noise anew
-            error = (layer(x).float() - expected).norm() / expected.norm()
-            if name != "dense" and error > (1e-5 if x.dtype == torch.float32 else 2e-2):
-                raise SystemExit(f"{name}: relative error {error:.1e} against the reference, not timed")
-
-
-def measure(row: Row, dtype: torch.dtype, rounds: int, seconds: float) -> dict[tuple[str, str], list[float]]:
-    """(mode, provider) -> seconds per round, the same round at the same place in every list."""
+def red_ops(device: torch.device, kind: str) -> list[str]:
+    """What is wrong with the ops about to be timed, on small sizes, for every backend that runs here."""
+    auto = dispatch.resolve("auto", torch.empty(0, device=device))
+    backends = ["auto", *(b for b in ("cpu", "grouped_mm") if b != auto)]
+    said = []
     torch.manual_seed(0)
-    layers, parameters = providers(row, dtype)
-    x = torch.randn(row.tokens, row.dim, dtype=dtype)
-    cotangent = torch.randn(row.tokens, row.dim, dtype=dtype)
-    check(layers, x)
-    leaf = x.clone().requires_grad_()
+    for backend in backends:
+        for glu, ids in ((False, SIZES["ids"][1]), (True, SIZES["ids"][2])):
+            case = Case(64, 2, 5, 48, 96, 48, glu=glu, bias=not glu, activation="silu" if glu else "gelu", ids=ids)
+            try:
+                found = check_mlp(case, kind, device, backend).failures
+            except Exception as error:  # a backend that nobody chose may be unable to run here
+                found = [told(error)] if backend == "auto" else []
+            said += [f"backend {backend!r}: {line}" for line in found]
+    return said
 
-    def forward(layer):
+
+def given_routing(shape: Shape, device: torch.device) -> Routing:
+    """Softmax of random logits, the k largest; the weights are a leaf that takes a gradient."""
+    logits = torch.randn(shape.tokens, shape.experts, device=device)
+    weights, indices = logits.softmax(-1).topk(shape.k)
+    return Routing(weights.requires_grad_(), indices, logits, task=0)
+
+
+def agreeing(
+    made: list[Provider], kind: str, x: Tensor, routing: Routing, cotangent: Tensor, notes: list[str]
+) -> list[Provider]:
+    """Those that agree with the reference loop: output, gradients of tokens and weights, of ours every gradient.
+
+    A peer that is wrong or fails is named in the notes.
+
+    Raises:
+        SystemExit: one of ours is wrong or fails.
+    """
+
+    def outcome(provider: Provider, ours: bool) -> list[Tensor]:
+        y = provider.run(x, routing)
+        leaves = [x, routing.weights, *(provider.parameters if ours else [])]
+        return [y.detach(), *torch.autograd.grad(y, leaves, cotangent)]
+
+    expected = outcome(next(p for p in made if p.name == REFERENCE), True)
+    kept = []
+    for provider in made:
+        wrong = ""
+        try:
+            actual = outcome(provider, provider.ours) if provider.routed else []
+            pairs = zip(actual, expected, strict=False)  # a peer has fewer gradients to compare
+            errors = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs]
+            wrong = "".join(f" {error:.1e}" for error in errors if not error <= TOLERANCE[kind])
+            said = f"{provider.name}: wrong by{wrong} (relative to the reference), not timed" if wrong else ""
+        except Exception as failure:  # a peer that cannot run here must not end the run
+            said = f"{provider.name}: {told(failure)}"
+        if not said:
+            kept.append(provider)
+        elif provider.name == OURS or (provider.ours and wrong):
+            raise SystemExit(said)
+        else:
+            notes.append(said)
+    return kept
+
+
+def measured(
+    shape: Shape, kind: str, device: torch.device, router: str, seen: Ceilings, rounds: int, seconds: float
+) -> Result:
+    """Times every provider in every mode."""
+    torch.manual_seed(0)
+    dtype = DTYPES[kind]
+    result = Result(shape, limits(shape, dtype.itemsize, *seen))
+    made, failed = providers(shape, dtype, device)
+    result.notes += [f"{name}: {error}" for name, error in failed.items()]
+    x, cotangent = (torch.randn(shape.tokens, shape.dim, device=device).to(dtype) for _ in range(2))
+    leaf, given = x.clone().requires_grad_(), given_routing(shape, device)
+    gate = NoisyTopKGate(shape.dim, shape.experts, 1, shape.k).to(device)
+    made = agreeing(made, kind, leaf, given, cotangent, result.notes)
+    plan = ops.plan_routing(given.indices, shape.experts)
+    result.allowed = saved_limit(shape, dtype.itemsize, plan.tiles.shape[0])
+    trained = {id(p): p for provider in made for p in provider.parameters} | {id(p): p for p in gate.parameters()}
+    cleared = [leaf, given.weights, *trained.values()]
+
+    def output(provider: Provider, tokens: Tensor) -> Tensor:
+        return provider.run(tokens, gate(tokens, 0) if router == "noisy_topk" and provider.routed else given)
+
+    def forward(provider: Provider) -> None:
         with torch.no_grad():
-            layer(x)
+            output(provider, x)
 
-    def forward_backward(layer):
-        layer(leaf).backward(cotangent)
-        leaf.grad = None
-        for p in parameters:
-            p.grad = None
+    def forward_backward(provider: Provider) -> None:
+        output(provider, leaf).backward(cotangent)
+        for t in cleared:
+            t.grad = None
 
-    times: dict[tuple[str, str], list[float]] = {}
     for mode, step in (("fwd", forward), ("fwd+bwd", forward_backward)):
-        repeats = {}
-        for name, layer in layers.items():
-            step(layer)
-            start = time.perf_counter()
-            step(layer)
-            # short calls are repeated within a round, so that a round is long against the clock and a time slice
-            repeats[name] = max(1, min(50, int(0.01 / (time.perf_counter() - start))))
-        began = time.perf_counter()
-        for i in range(rounds):
-            if i >= 5 and time.perf_counter() - began > seconds:
-                break
-            for name, layer in layers.items():
-                start = time.perf_counter()
-                for _ in range(repeats[name]):
-                    step(layer)
-                times.setdefault((mode, name), []).append((time.perf_counter() - start) / repeats[name])
-    return times
+        steps = {p.name: partial(step, p) for p in made}
+        ran = _tried(steps, result.notes, mode, needed=("dense", OURS))
+        steps = {name: steps[name] for name in ran}
+        result.seconds[mode] = interleaved(steps, device, rounds, seconds)
+        if device.type == "cuda":
+            mode = f"graph {mode}"
+            graphs = _tried({name: partial(captured, s) for name, s in steps.items()}, result.notes, mode)
+            if "dense" in graphs:
+                replays = {name: graph.replay for name, graph in graphs.items()}
+                result.seconds[mode] = interleaved(replays, device, rounds, seconds)
+    for provider in made:
+        if provider.routed and provider.name in result.seconds["fwd+bwd"]:
+            run = partial(provider.run, leaf, given)
+            result.saved[provider.name] = saved_bytes(run, list(trained.values()))
+    return result
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def _tried(steps: dict[str, Callable], notes: list[str], mode: str, needed: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What each step returns; one that fails is named in the notes, unless it is needed."""
+    results, waiting = {}, []
+    for name, step in steps.items():
+        try:
+            results[name] = step()
+        except WaitsForGPU:
+            waiting.append(name)
+        except Exception as failure:  # a peer that cannot run here must not end the run
+            if name in needed:
+                raise
+            notes.append(f"{name}, {mode}: {told(failure)}")
+    if waiting:
+        notes.append(f"{mode}: not {', '.join(waiting)}, which wait for the GPU")
+    return results
 
 
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=CSV.parent, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
+# ---- printing --------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def report(result: Result) -> list[str]:
+    """The table of one shape."""
+    shape, least = result.shape, result.limits
+    lines = [
+        f"{shape.name}: {shape}",
+        f"  limit: forward {_time(least.infer)}, forward + backward {_time(least.train_fwd + least.bwd)}; "
+        f"x, pre-activation and tables: {result.allowed / 1e6:.2f} MB",
+    ]
+    for pair in (("fwd", "fwd+bwd"), ("graph fwd", "graph fwd+bwd")):
+        modes = [mode for mode in pair if result.seconds.get(mode)]
+        if not modes:
+            continue
+        lines.append(f"  {'':24}" + "".join(f"|{mode:^49}" for mode in modes) + "|   saved")
+        head = f"{'time':>11}{'TFLOP/s':>9}{'x dense':>9}{'p20-p80':>14}{'limit':>6}"
+        lines.append(f"  {'':24}" + f"|{head}" * len(modes) + "|      MB")
+        for name in result.seconds[modes[0]]:
+            cells = "".join(f"|{_cell(result, mode, name):49}" for mode in modes)
+            saved = f"{result.saved[name] / 1e6:8.2f}" if name in result.saved else ""
+            lines.append(f"  {name:24}{cells}|{saved}".rstrip())
+    return lines + [f"  {note}" for note in result.notes]
+
+
+def _cell(result: Result, mode: str, name: str) -> str:
+    if name not in result.seconds[mode]:
+        return ""
+    ratios = result.ratios(mode, name)
+    low, high = _percentiles(ratios)
+    speed = f"{_time(result.median(mode, name)):>11}{result.tflops(mode, name):9.3g}"
+    return f"{speed}{statistics.median(ratios):9.2f}{f'{low:.2f}-{high:.2f}':>14}{result.share(mode, name):6.0%}"
+
+
+def _percentiles(ratios: list[float]) -> tuple[float, float]:
+    return ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]
+
+
+def _time(seconds: float) -> str:
+    return f"{1e6 * seconds:.1f} us" if seconds < 1e-3 else f"{1e3 * seconds:.2f} ms"
+
+
+def targets(result: Result, on_gpu: bool) -> list[tuple[str, float, bool]]:
+    """What was aimed at: a line, the ratio to the target (1 is just reached), and whether it was reached.
+
+    Speed has targets on a GPU only, in training for the eager call.
+    """
+    shape, mode, found = result.shape, "fwd+bwd", []
+
+    def add(what: str, ratio: float) -> None:
+        found.append((what, ratio, ratio >= 1))
+
+    if on_gpu and shape.share is not None:
+        share, graph = result.share(mode, OURS), ""
+        if OURS in result.seconds.get(f"graph {mode}", {}):
+            graph = f" ({result.share(f'graph {mode}', OURS):.0%} in a graph)"
+        add(f"training at {share:.0%} of the limit{graph}, target {shape.share:.0%}", share / shape.share)
+    if on_gpu and GROUPED in result.seconds[mode]:
+        speedup = statistics.median(result.ratios(mode, GROUPED, OURS))
+        add(f"training {speedup:.2f}x as fast as {GROUPED}, target {OVER_GROUPED_MM}", speedup / OVER_GROUPED_MM)
+    saved = result.saved[OURS]
+    add(f"saves {saved / 1e6:.2f} MB, target {result.allowed / 1e6:.2f} MB", result.allowed / saved)
+    if on_gpu and shape.name in GRAPH_TARGETS_US and OURS in result.seconds.get("graph fwd", {}):
+        took, aim = 1e6 * result.median("graph fwd", OURS), GRAPH_TARGETS_US[shape.name]
+        add(f"inference in {took:.1f} us in a graph, target {aim:g} us", aim / took)
+    return found
+
+
+def rows_of(result: Result, common: dict[str, object]) -> list[dict[str, object]]:
+    """One line of the CSV per mode and provider."""
+    shape, lines = result.shape, []
+    sizes = {
+        "shape": shape.name, "tokens": shape.tokens, "dim": shape.dim, "hidden": shape.hidden, "experts": shape.experts,
+        "k": shape.k, "activation": shape.activation, "glu": int(shape.glu),
+    }  # fmt: skip
+    for mode, by_name in result.seconds.items():
+        for name, seconds in by_name.items():
+            ratios = result.ratios(mode, name)
+            low, high = _percentiles(ratios)
+            times = {
+                "provider": name, "mode": mode, "best_ms": f"{1e3 * min(seconds):.4f}",
+                "median_ms": f"{1e3 * result.median(mode, name):.4f}", "rounds": len(seconds),
+                "ratio_dense": f"{statistics.median(ratios):.3f}", "ratio_p20": f"{low:.3f}",
+                "ratio_p80": f"{high:.3f}", "tflops": f"{result.tflops(mode, name):.4g}",
+                "limit_share": f"{result.share(mode, name):.3f}", "saved_bytes": result.saved.get(name, ""),
+            }  # fmt: skip
+            lines.append(common | sizes | times)
+    return lines
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="fp32 on a CPU, bf16 on a GPU by default")
+    parser.add_argument("--router", choices=("noisy_topk", "given"), help="see above")
+    parser.add_argument("--threads", type=int, default=2, help="of a CPU")
     parser.add_argument(
         "--allocator",
         choices=("keep", "default"),
@@ -233,55 +319,61 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=31, help="at most this many rounds per shape and mode")
     parser.add_argument("--seconds", type=float, default=8, help="at most this long per shape and mode, but 5 rounds")
-    parser.add_argument("--rows", type=int, nargs="*", help=f"which shapes, 0 to {len(ROWS) - 1}; all by default")
-    parser.add_argument("--no-csv", action="store_true", help=f"print only, append nothing to {CSV.name}")
+    parser.add_argument("--budget", type=float, help="no new shape after that many seconds")
+    parser.add_argument("--rows", type=int, nargs="*", help=f"which shapes, 0 to {len(SHAPES) - 1}")
+    parser.add_argument("--all", action="store_true", help="also the shapes that take minutes each on a CPU")
+    parser.add_argument("--csv", type=Path, default=CSV, help="append the results there")
+    parser.add_argument("--no-csv", action="store_true", help="print only")
     args = parser.parse_args()
+    began = time.perf_counter()
+    device = torch.device(args.device)
+    kind = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
+    router = args.router or ("given" if args.device == "cuda" else "noisy_topk")
+    if not columns_fit(args.csv):
+        raise SystemExit(f"{args.csv}: its columns are not those of benchmarks/records.py; nothing would be appended")
     torch.set_num_threads(args.threads)
     if args.allocator == "keep":
         keep_freed_memory()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-
-    console = Console(width=max(120, Console().width))
-    load = os.getloadavg()[0]
-    if busy := load > 0.5:
-        console.print(
-            f"The machine is busy (load {load:.1f}): threads wait for each other and no number below means anything. "
-            f"Nothing is appended to {CSV.name}.",
-            style="bold red",
+    busy = device.type == "cpu" and os.getloadavg()[0] > BUSY
+    if busy:
+        print(
+            f"THE MACHINE IS BUSY (load {os.getloadavg()[0]:.1f}): threads wait for each other and no number below "
+            "means anything. Nothing is appended.\n"
         )
-    where = f"{args.threads} threads, allocator {args.allocator}, {cpu_name()}, torch {torch.__version__}"
-    table = Table(title=f"MoE layer, {args.dtype}, {where}")
-    for column in ("shape", "provider", "fwd ms", "x dense", "fwd+bwd ms", "x dense", "p20-p80"):
-        table.add_column(column, justify="left" if column in ("shape", "provider") else "right")
-    lines = []
-    for row in ROWS if args.rows is None else [ROWS[i] for i in args.rows]:
-        times = measure(row, dtype, args.rounds, args.seconds)
-        cells: dict[str, list[str]] = {}
-        for (mode, name), seconds in times.items():
-            ratios = sorted(a / b for a, b in zip(seconds, times[mode, "dense"], strict=True))
-            middle = statistics.median(ratios)
-            low, high = ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]
-            cells.setdefault(name, []).extend([f"{1e3 * min(seconds):.3f}", f"{middle:.2f}"])
-            if mode == "fwd+bwd":
-                cells[name].append(f"{low:.2f}-{high:.2f}")
-            facts = (
-                datetime.date.today().isoformat(), "moe_layer", name, mode, args.dtype, row.tokens, row.dim, row.hidden,
-                row.experts, row.k, row.activation, int(row.glu), f"{1e3 * min(seconds):.4f}",
-                f"{1e3 * statistics.median(seconds):.4f}", f"{middle:.3f}", f"{low:.3f}", f"{high:.3f}", len(seconds),
-                args.threads, args.allocator, cpu_name(), torch.__version__, commit(),
-            )  # fmt: skip
-            lines.append(facts)
-        for i, (name, values) in enumerate(cells.items()):
-            table.add_row(str(row) if i == 0 else "", name, *values, end_section=i == len(cells) - 1)
-    console.print(table)
-    if not args.no_csv and not busy:
-        new = not CSV.exists()
-        with CSV.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(COLUMNS)
-            writer.writerows(lines)
+    if red := red_ops(device, kind):
+        raise SystemExit("the ops are wrong on this machine, nothing is timed:\n  " + "\n  ".join(red))
+    with precision(kind):
+        seen = ceilings(device, DTYPES[kind])
+        where = cpu_name() if device.type == "cpu" else torch.cuda.get_device_name()
+        print(
+            f"{where}, {kind}, router: {router}, torch {torch.__version__}, triton {triton_version()}"
+            + (f", {args.threads} threads, allocator {args.allocator}" if device.type == "cpu" else "")
+            + f"\nceilings: {seen.flops_per_s / 1e12:.4g} TFLOP/s, {seen.bytes_per_s / 1e9:.4g} GB/s"
+        )
+        common = machine(args.device) | {"op": "moe_layer", "dtype": kind, "router": router}
+        common |= {"threads": args.threads, "allocator": args.allocator} if device.type == "cpu" else {}
+        aims = []
+        for shape in SHAPES if args.rows is None else [SHAPES[i] for i in args.rows]:
+            if device.type == "cpu" and shape.forward_flops > CPU_FLOPS and not (args.all or args.rows):
+                print(f"\n{shape.name}: left out, {shape.forward_flops / 1e9:.0f} GFLOP; --all measures it")
+                continue
+            if args.budget and time.perf_counter() - began > args.budget:
+                print(f"\n{shape.name}: left out, the {args.budget:g} seconds are over")
+                continue
+            result = measured(shape, kind, device, router, seen, args.rounds, args.seconds)
+            print("\n" + "\n".join(report(result)), flush=True)
+            aims += [(shape, *aim) for aim in targets(result, device.type == "cuda")]
+            if not args.no_csv and not busy:
+                append(args.csv, rows_of(result, common))
+            del result
+            gc.collect()  # layers of peers hold each other
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    print("\ntargets (1 is just reached)")
+    for shape, what, ratio, reached in aims:
+        print(f"  {shape.name:26} {ratio:6.2f} {'reached' if reached else 'MISSED '}  {what}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

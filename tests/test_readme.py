@@ -3,22 +3,23 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from moe_mtl.recipes import list_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+BLOCKS = {"README.md": 4, "kernels/README.md": 2}  # at least so many of Python code
 
 
-def test_python_blocks_run_from_top_to_bottom(tmp_path, monkeypatch):
+@pytest.mark.parametrize("file", BLOCKS)
+def test_python_blocks_run_from_top_to_bottom(file, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), flags=re.DOTALL)
+    assert len(blocks) >= BLOCKS[file]
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for i, code in enumerate(BLOCKS):
-        exec(compile(code, f"README.md, python block {i}", "exec"), names)
-
-
-def test_there_are_blocks():
-    assert len(BLOCKS) >= 4
+    for i, code in enumerate(blocks):
+        exec(compile(code, f"{file}, python block {i}", "exec"), names)
 
 
 def test_commands_exist():

@@ -1,0 +1,377 @@
+"""Measures tile sizes of the Triton kernels on this GPU, for benchmarks/shapes.py, and writes kernels/configs.json.
+
+    python benchmarks/tune.py                   prints what was measured and the lines that would change
+    python benchmarks/tune.py --write           writes kernels/configs.json
+    python benchmarks/tune.py --out FILE        writes there instead
+
+Every kernel is called through its launcher, alone, as `moe_mtl.kernels.gpu` calls it in training and inference; times
+are those of the GPU, from CUDA graphs, caches warm. Per kernel at most 12 configs are tried, those of the table among
+them. One that does not compile, does not fit the chip, spills registers or computes something else than the table's is
+left out and named. The best config of each bucket of shapes goes into the table (benchmarks/config_table.py).
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a bare checkout will do
+
+import torch  # noqa: E402
+from checks import DTYPES, precision  # noqa: E402
+from compile_kernels import SHARED_KIB  # noqa: E402
+from config_table import MOST, Bucket, best, bucket_of, merged, newest_known, picked, text  # noqa: E402
+from measure import graph_seconds, interleaved  # noqa: E402
+from peers import told  # noqa: E402
+from shapes import SHAPES, Shape  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from moe_mtl.kernels import configs, plan  # noqa: E402
+from moe_mtl.kernels.configs import Config, Entry  # noqa: E402
+
+MOST_CONFIGS = 12
+COMPILE_SHARE = 0.55  # of the seconds
+AGREE = {16: 2e-2, 32: 5e-3}  # relative difference to the result of the table's config
+ROW_TILES = {  # block_m, block_n, block_k, warps, stages, epilogues
+    16: (
+        (64, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 128, 32, 8, 4), (128, 256, 64, 8, 3, 2), (64, 64, 64, 4, 4),
+        (64, 256, 64, 8, 3, 2), (128, 64, 64, 4, 4), (32, 128, 64, 4, 4), (128, 128, 64, 8, 3, 2), (32, 64, 64, 4, 5),
+    ),
+    32: (
+        (64, 128, 32, 4, 3), (128, 64, 32, 4, 3), (128, 128, 32, 8, 3), (64, 64, 16, 4, 4), (128, 128, 16, 8, 3),
+        (32, 128, 32, 4, 3), (64, 128, 32, 8, 2),
+    ),
+}  # fmt: skip
+LISTED = {
+    "weight_grad": {
+        16: (
+            (128, 128, 64, 8, 4), (128, 128, 32, 8, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4), (64, 64, 128, 4, 3),
+            (64, 128, 128, 8, 3), (128, 256, 64, 8, 3), (128, 256, 32, 8, 3), (64, 64, 64, 4, 4),
+        ),
+        32: ((64, 64, 32, 4, 3), (128, 64, 16, 4, 3), (64, 128, 16, 4, 3), (128, 128, 16, 8, 3), (32, 64, 32, 4, 3)),
+    },
+    "fused": {
+        16: (
+            (64, 64, 32, 4, 2), (64, 64, 32, 8, 2), (64, 64, 64, 8, 2), (128, 64, 32, 8, 2), (64, 128, 32, 8, 2),
+            (64, 64, 32, 4, 3), (32, 64, 64, 4, 2), (32, 128, 32, 4, 2), (128, 128, 32, 8, 2),
+        ),
+        32: (),
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One launch of a layer: a kernel in the role it plays there.
+
+    Attributes:
+        kernel: one of `moe_mtl.kernels.configs.KERNELS`.
+        role: what for.
+        width: of the result, as the table's entries count it.
+        run: launches it with a config and returns its results.
+    """
+
+    kernel: str
+    role: str
+    width: int
+    run: Callable[[Config], tuple[Tensor, ...]]
+
+
+def candidates(kernel: str, bits: int, lines: list[Entry]) -> list[Config]:
+    """Configs to try: those in the lines of a chip, then listed ones; `MOST_CONFIGS` at most."""
+    mine = [entry.config for entry in lines if (entry.kernel, entry.bits) == (kernel, bits)]
+    listed = [Config(*sizes[:5], epilogues=(*sizes, 1)[5]) for sizes in LISTED.get(kernel, ROW_TILES)[bits]]
+    return list(dict.fromkeys([*mine, *listed]))[:MOST_CONFIGS]
+
+
+def problems(shape: Shape, kind: str, device: torch.device, processors: int) -> list[Problem]:
+    """Every launch of an inference, a forward and a backward that takes its sizes from the table.
+
+    On the device "meta" they hold no memory, and are good for compiling.
+    """
+    from moe_mtl.kernels.triton_down import down
+    from moe_mtl.kernels.triton_fused import fused, fused_fits
+    from moe_mtl.kernels.triton_hidden_grad import hidden_grad
+    from moe_mtl.kernels.triton_up import up
+    from moe_mtl.kernels.triton_weight_grad import weight_grad
+
+    def values(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=DTYPES[kind])
+
+    e, d, h, k, wide, rows = shape.experts, shape.dim, shape.hidden, shape.k, shape.wide, shape.rows
+    sizes = ((shape.tokens, d), (shape.tokens, d), (rows, wide), (rows, wide), (rows, h))
+    x, dy, z, dz, hidden = (values(*size) for size in sizes)
+    w1, w2 = values(e, wide, d) / d**0.5, values(e, d, h) / h**0.5
+    b1, b2 = (None, None) if shape.glu else (values(e, wide), values(e, d))
+    gates, sort = torch.rand(shape.tokens, k, device=device), _plan(shape, device)
+    act, glu, exact = shape.activation, shape.glu, "tf32" if kind == "tf32" else "ieee"
+
+    def tiles(c: Config) -> Tensor:
+        return plan.tiles_of(sort, c.block_m)
+
+    def run_up(save: bool, c: Config) -> tuple[Tensor, ...]:
+        return up(x, w1, b1, sort.order, tiles(c), k, act, glu, save, exact, c)
+
+    def run_down(c: Config) -> tuple[Tensor, ...]:
+        return (down(hidden, w2, b2, sort.order, tiles(c), exact, c, out=x.new_empty(rows, d)),)
+
+    def run_input_grad(c: Config) -> tuple[Tensor, ...]:
+        out = x.new_empty(rows, d)
+        return (down(dz, w1, None, sort.order, tiles(c), exact, c, out=out, transposed=True),)
+
+    def run_hidden_grad(c: Config) -> tuple[Tensor, ...]:
+        need = {"need_dz": True, "need_ph": True, "need_parts": True}
+        return hidden_grad(dy, w2, z, gates, sort.order, tiles(c), act, glu, exact, c, **need)
+
+    def run_weight_grad(first: bool, c: Config) -> tuple[Tensor, ...]:
+        a, b = (dz, x) if first else (dy, hidden)
+        how = {"gather_b": True} if first else {"gather_a": True, "scale": gates}
+        return weight_grad(a, b, sort.order, sort.offsets, k, exact, c, processors, bias=b1 is not None, **how)
+
+    def run_fused(c: Config) -> tuple[Tensor, ...]:
+        return (fused(x, w1, b1, w2, b2, sort.order, tiles(c), k, act, exact, c),)
+
+    alone = fused_fits(w1, w2, glu)
+    return [
+        Problem("up", "training", h, partial(run_up, True)),
+        Problem("down", "forward", d, run_down),
+        Problem("down", "input gradient", d, run_input_grad),
+        Problem("hidden_grad", "backward", h, run_hidden_grad),
+        Problem("weight_grad", "first layer", d, partial(run_weight_grad, True)),
+        Problem("weight_grad", "second layer", h, partial(run_weight_grad, False)),
+        Problem("fused", "inference", d, run_fused) if alone else Problem("up", "inference", h, partial(run_up, False)),
+    ]
+
+
+def _plan(shape: Shape, device: torch.device) -> plan.Plan:
+    if device.type != "meta":
+        ids = torch.rand(shape.tokens, shape.experts, device=device).topk(shape.k).indices
+        return plan.plan_routing(ids, shape.experts)
+    tiles = sum(plan.tile_bound(shape.rows, shape.experts, height) for height in plan.TILE_ROWS)
+    sizes = ((shape.rows,), (shape.rows,), (shape.experts + 1,), (tiles, 3))
+    return plan.Plan(*(torch.empty(size, dtype=torch.int32, device=device) for size in sizes))
+
+
+# ---- compiling, in processes of their own ----------------------------------------------------------------------------
+
+
+def compiled(shape: Shape, kind: str, place: int, config: Config, processors: int, shared_kib: int) -> str:
+    """Compiles one launch into Triton's cache on disk; says what is wrong with it, or nothing."""
+    from triton.runtime.jit import JITFunction
+
+    launch, kernels = JITFunction.run, []
+
+    def compile_only(function, *args, **kwargs):
+        kernels.append(launch(function, *args, **(kwargs | {"warmup": True})))
+
+    try:
+        with mock.patch.object(JITFunction, "run", compile_only):
+            problems(shape, kind, torch.device("meta"), processors)[place].run(config)
+        for kernel in kernels:
+            kernel._init_handles()  # loads it, which tells what it takes
+            if kernel.n_spills:
+                return f"spills {kernel.n_spills} registers"
+            if kernel.metadata.shared > 1024 * shared_kib:
+                return f"needs {kernel.metadata.shared / 1024:.0f} KiB of shared memory, {shared_kib} are allowed"
+    except Exception as error:  # whatever the compiler says of a candidate
+        return told(error)
+    return ""
+
+
+def compile_all(
+    shapes: list[Shape], kind: str, lines: list[Entry], processors: int, shared_kib: int, seconds: float
+) -> dict[tuple[Shape, int, Config], str]:
+    """What is wrong with each launch, or nothing; without those that took longer than the seconds."""
+    said, bits = {}, 8 * DTYPES[kind].itemsize
+    deadline = time.monotonic() + seconds
+    workers = max(1, min(12, len(os.sched_getaffinity(0)) - 2))
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    tasks = {}
+    for shape in shapes:
+        for place, problem in enumerate(problems(shape, kind, torch.device("meta"), processors)):
+            for config in candidates(problem.kernel, bits, lines):
+                task = pool.submit(compiled, shape, kind, place, config, processors, shared_kib)
+                tasks[task] = (shape, place, config)
+    try:
+        for future in as_completed(tasks, timeout=max(1.0, deadline - time.monotonic())):
+            said[tasks[future]] = told(future.exception()) if future.exception() else future.result()
+    except TimeoutError:
+        print(f"{len(tasks) - len(said)} of {len(tasks)} launches were not compiled in time")
+    pool.shutdown(wait=False, cancel_futures=True)
+    return said
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What a sweep measured.
+
+    Attributes:
+        times: seconds by config, of each problem (its name), of each bucket.
+        skipped: config -> why, of each problem.
+    """
+
+    times: dict[Bucket, dict[str, dict[Config, float]]]
+    skipped: dict[str, dict[Config, str]]
+
+
+def sweep(
+    shapes: list[Shape],
+    kind: str,
+    device: torch.device,
+    lines: list[Entry],
+    processors: int,
+    faults: Callable[[Shape, int, Config], str],
+    clock: Callable[[Callable[[], object]], float],
+    seconds: float,
+) -> Found:
+    """Times every candidate of every problem.
+
+    Args:
+        shapes: in the order in which they are taken.
+        kind: one of `DTYPES`.
+        device: where the kernels run.
+        lines: of the table, for this chip.
+        processors: of the chip.
+        faults: what is known to be wrong with a launch, or nothing.
+        clock: seconds of a call.
+        seconds: no new problem after that long.
+    """
+    found, bits = Found({}, {}), 8 * DTYPES[kind].itemsize
+    deadline = time.monotonic() + seconds
+    for shape in shapes:
+        for place, problem in enumerate(problems(shape, kind, device, processors)):
+            if time.monotonic() > deadline:
+                return found
+            bucket = bucket_of(problem.kernel, bits, shape.glu, shape.rows // shape.experts, problem.width)
+            name = f"{shape.name}: {problem.kernel}, {problem.role}"
+            times, skipped = {}, found.skipped.setdefault(name, {})
+            current = _current(lines, bucket)
+            expected = None
+            for config in [current, *(c for c in candidates(problem.kernel, bits, lines) if c != current)]:
+                fault = faults(shape, place, config) if config != current else ""
+                try:
+                    if not fault:
+                        result = _comparable(problem, config)
+                        expected = expected or result
+                        fault = _wrong(result, expected, AGREE[bits])
+                    if not fault:
+                        times[config] = clock(partial(problem.run, config))
+                except Exception as error:  # a config the chip refuses
+                    fault = told(error)
+                if fault:
+                    skipped[config] = fault
+            found.times.setdefault(bucket, {})[name] = times
+    return found
+
+
+def _current(lines: list[Entry], bucket: Bucket) -> Config:
+    rows, width = bucket.max_rows or MOST, bucket.max_width or MOST
+    return picked(lines, bucket.kernel, bucket.bits, bucket.glu, rows, width)
+
+
+def _comparable(problem: Problem, config: Config) -> list[Tensor]:
+    """Results that do not depend on the config: the parts of the gates' gradient are added up."""
+    results = [t for t in problem.run(config) if t is not None and t.numel()]
+    return [t.sum(0) if problem.kernel == "hidden_grad" and i == 2 else t for i, t in enumerate(results)]
+
+
+def _wrong(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> str:
+    pairs = zip(actual, expected, strict=True)
+    worst = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
+    return "" if worst <= tolerance else f"differs from the table's by {worst:.1e}"
+
+
+def gpu_seconds(step: Callable[[], object]) -> float:
+    """Seconds of a launch on the GPU, from graphs of about 2 ms."""
+    step()
+    once = min(interleaved({"": step}, torch.device("cuda"), rounds=1, seconds=0)[""])
+    return graph_seconds(step, seconds=0.0, calls=max(1, min(200, int(2e-3 / once))))
+
+
+def choose(found: Found, lines: list[Entry]) -> dict[Bucket, Config]:
+    """The best config of every bucket in which one ran on all problems."""
+    chosen = {}
+    for bucket, times in found.times.items():
+        if set.intersection(*(set(by_config) for by_config in times.values())):
+            chosen[bucket] = best(times, _current(lines, bucket))
+    return chosen
+
+
+def report(found: Found, chosen: dict[Bucket, Config], lines: list[Entry]) -> list[str]:
+    """Per problem: microseconds with the table's config and with the chosen one, and what was skipped."""
+    said = [f"{'problem':58}{'table us':>9}{'new us':>9}{'gain':>6}  config"]
+    for bucket, times in found.times.items():
+        for name, by_config in times.items():
+            old, new = by_config.get(_current(lines, bucket)), by_config.get(chosen.get(bucket))
+            cells = "".join(f"{1e6 * t:9.1f}" if t else f"{'-':>9}" for t in (old, new))
+            gain = f"{old / new:6.2f}" if old and new else f"{'-':>6}"
+            said.append(f"{name:58}{cells}{gain}  {short(chosen[bucket]) if bucket in chosen else ''}")
+    for name, skipped in found.skipped.items():
+        said += [f"skipped, {name}: {short(config)}: {why}" for config, why in skipped.items()]
+    return said
+
+
+def short(config: Config) -> str:
+    more = f" epilogues {config.epilogues}" if config.epilogues != 1 else ""
+    return f"{config.block_m}x{config.block_n}x{config.block_k} w{config.warps} s{config.stages}{more}"
+
+
+def changed(old: str, new: str) -> list[str]:
+    """The lines that differ."""
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=0)
+    return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=120, help="for compiling and timing together")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--rows", type=int, nargs="*", help=f"which shapes, 0 to {len(SHAPES) - 1}")
+    parser.add_argument("--write", action="store_true", help=f"write {configs.TABLE.relative_to(ROOT)}")
+    parser.add_argument("--out", type=Path, help="write the table there")
+    args = parser.parse_args()
+    began = time.monotonic()
+    if not torch.cuda.is_available():
+        print("no GPU here: tile sizes are measured on one")
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    arch, processors = configs.chip(device)
+    table = list(configs.entries())
+    known = newest_known(table, arch)
+    lines = [entry for entry in table if entry.arch == known]
+    shapes = [SHAPES[i] for i in (args.rows if args.rows is not None else range(len(SHAPES)))]
+    torch.manual_seed(0)
+    shared_kib = SHARED_KIB.get(known, min(SHARED_KIB.values()))
+    said = compile_all(shapes, args.dtype, lines, processors, shared_kib, COMPILE_SHARE * args.seconds)
+    print(f"{len(said)} launches compiled in {time.monotonic() - began:.0f} s")
+
+    def fault(*launch) -> str:
+        return said.get(launch, "not compiled in time")
+
+    left = args.seconds - (time.monotonic() - began)
+    with precision(args.dtype):
+        found = sweep(shapes, args.dtype, device, lines, processors, fault, gpu_seconds, left)
+    chosen = choose(found, lines)
+    print("\n".join(report(found, chosen, lines)))
+    new = text(merged(table, arch, chosen))
+    print("\n".join(["changed lines:", *changed(configs.TABLE.read_text(), new)]))
+    print(f"{len(chosen)} buckets measured, {time.monotonic() - began:.0f} s")
+    for path in ([configs.TABLE] if args.write else []) + ([args.out] if args.out else []):
+        path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
