@@ -129,6 +129,9 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
                 gpu.moe_mlp(x, w1, b1, w2, b2, gates, sort, shape.activation, shape.glu, save)
             need = [True, True, b1 is not None, True, b2 is not None, True]
             gpu.moe_mlp_backward(dy, x, z, w1, w2, b2, gates, sort, shape.activation, shape.glu, need)
+            if not shape.glu:  # biases alone
+                need = [False, False, True, False, True, False]
+                gpu.moe_mlp_backward(dy, None, z, w1, w2, b2, gates, sort, shape.activation, False, need)
             from moe_mtl.kernels import triton_plan
 
             triton_plan.plan(torch.empty(rows, dtype=torch.int64), e)
