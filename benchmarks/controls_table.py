@@ -203,22 +203,23 @@ def routing(runs: Mapping[Key, Sequence[Record]]) -> str:
 
 def front(runs: Mapping[Key, Sequence[Record]]) -> Figure:
     """Gain over single-task models against the cost of all tasks, and of one."""
-    figure = Figure(figsize=(9.0, 4.2), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(9.0, 4.4), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     panels: list[tuple[str, Callable[[Record], float]]] = [
         ("all tasks in one pass, MFLOPs per image", lambda record: record["flops_all"] / 1e6),
         ("one task alone, MFLOPs per image", lambda record: record["flops_one"] / 1e6),
     ]
     axes = figure.subplots(1, 2, sharey=True)
-    colours = {recipe: f"C{i}" for i, recipe in enumerate(LABELS)}
+    looks = {recipe: (f"C{i % 10}", "os^D"[i // 10]) for i, recipe in enumerate(LABELS)}
     for panel, (title, cost) in zip(axes, panels, strict=True):
         named = set[str]()
         for (recipe, budget), records in runs.items():
             if budget == "long":
                 continue
             values = [gain["delta_task"] for gain in gains(records, runs[SINGLE, "steps"])]
-            filled = colours[recipe] if budget == "steps" else "none"
-            marker = {"marker": "o", "s": 60, "facecolors": filled, "edgecolors": colours[recipe], "linewidths": 1.6}
+            colour, form = looks[recipe]
+            filled = colour if budget == "steps" else "none"
+            marker = {"marker": form, "s": 60, "facecolors": filled, "edgecolors": colour, "linewidths": 1.6}
             label = LABELS[recipe] if panel is axes[0] and recipe not in named else None
             named.add(recipe)
             panel.scatter([cost(records[0])], [statistics.mean(values)], label=label, **marker)
@@ -228,7 +229,7 @@ def front(runs: Mapping[Key, Sequence[Record]]) -> Figure:
         panel.axhline(0, color="grey", linewidth=0.8)
     axes[0].set_ylabel("delta_task over single-task models, %")
     figure.suptitle("filled: equal updates; open: equal training time", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     return figure
 
 
