@@ -1,0 +1,193 @@
+"""The sweep over tile sizes, and the table it writes."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from moe_mtl.kernels import configs, plan
+from moe_mtl.kernels.configs import Config, Entry
+from tests.benchmark_modules import CPU, TINY, config_table, python, shapes, tune
+
+Shape, Bucket = shapes.Shape, config_table.Bucket
+
+# ---- tuning ----------------------------------------------------------------------------------------------------------
+
+A, B, C = Config(32, 64, 64), Config(64, 64, 64), Config(128, 128, 64, warps=8, epilogues=2)
+
+
+def test_the_table_is_written_as_it_was_read():
+    assert config_table.text(list(configs.entries())) == configs.TABLE.read_text()
+    assert config_table.merged(list(configs.entries()), 90, {}) == list(configs.entries())
+
+
+def test_the_best_config_is_best_on_the_whole():
+    times = {"one": {A: 1.0, B: 2.0, C: 1.1}, "two": {A: 3.0, B: 1.0, C: 1.2}}
+    assert config_table.best(times, A) == C  # 1.1 * 1.2 against 3 and 2
+    assert config_table.best({"one": {A: 1.0, B: 0.99}}, A) == A  # not worth a change
+    assert config_table.best({"one": {A: 1.0, B: 0.9}}, A) == B
+    assert config_table.best({"one": {A: 1.0, B: 0.1}, "two": {A: 1.0}}, C) == A  # B did not run on two
+    with pytest.raises(ValueError, match="no config ran on all"):
+        config_table.best({"one": {A: 1.0}, "two": {B: 1.0}}, A)
+
+
+def test_a_call_falls_into_its_bucket():
+    assert config_table.bucket_of("up", 16, False, 48, 257) == Bucket("up", 16, False, 48, 512)
+    assert config_table.bucket_of("up", 16, True, 513, 4096) == Bucket("up", 16, True, None, None)
+
+
+CALLS = list(product(configs.KERNELS, (16, 32), (False, True), (1, 48, 49, 512, 10**4), (64, 256, 257, 512, 4096)))
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_measured_buckets_change_and_nothing_else(arch):
+    table = list(configs.entries())
+    chosen = {
+        Bucket("up", 16, False, None, None): A,
+        Bucket("up", 16, True, 48, 256): B,
+        Bucket("down", 16, False, 512, 512): C,
+        Bucket("fused", 16, False, 48, 256): B,
+        Bucket("weight_grad", 32, False, None, 256): A,
+    }
+    new = config_table.merged(table, arch, chosen)
+    before = [entry for entry in table if entry.arch == min(arch, 90)]
+    after = [entry for entry in new if entry.arch == arch]
+    for kernel, bits, glu, rows, width in CALLS:
+        if kernel == "fused" and glu:
+            continue
+        old = config_table.picked(before, kernel, bits, glu, rows, width)
+        expected = chosen.get(config_table.bucket_of(kernel, bits, glu, rows, width), old)
+        assert config_table.picked(after, kernel, bits, glu, rows, width) == expected
+    assert [entry for entry in new if entry.arch != arch] == [entry for entry in table if entry.arch != arch]
+    for kernel, bits in {(entry.kernel, entry.bits) for entry in after}:  # a chip never finds nothing
+        last = [entry for entry in after if (entry.kernel, entry.bits) == (kernel, bits)][-1]
+        assert (last.glu, last.max_rows, last.max_width) == (None, None, None)
+    assert not [entry for entry in after if entry.kernel == "fused" and entry.glu]
+
+
+def test_finer_ranges_of_the_table_are_kept_where_nothing_was_measured():
+    table = [Entry("up", 90, 16, A, max_rows=20), Entry("up", 90, 16, B, max_width=1024), Entry("up", 90, 16, C)]
+    new = config_table.merged(table, 90, {Bucket("up", 16, True, None, 256): A})
+    found = [config_table.picked(new, "up", 16, glu, rows, width).block_m for glu, rows, width in (
+        (False, 20, 64), (False, 21, 1024), (False, 21, 1025), (True, 600, 256), (True, 600, 257), (True, 512, 256)
+    )]  # fmt: skip
+    assert found == [32, 64, 128, 32, 64, 64]
+
+
+def test_lines_that_say_nothing_are_left_out():
+    buckets = {Bucket("down", 16, glu, rows, width) for glu, rows, width in product(
+        (False, True), (48, 512, None), (256, 512, None)
+    )}  # fmt: skip
+    assert config_table.merged(list(configs.entries()), 90, dict.fromkeys(buckets, A)) == [
+        *(e if (e.kernel, e.arch, e.bits) != ("down", 90, 16) else Entry("down", 90, 16, A) for e in configs.entries()
+          if (e.kernel, e.arch, e.bits) != ("down", 90, 16) or e.max_rows is None)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch, bits, kernel", product((80, 90), (16, 32), configs.KERNELS))
+def test_at_most_twelve_candidates_the_table_first(arch, bits, kernel):
+    lines = [entry for entry in configs.entries() if entry.arch == arch]
+    found = tune.candidates(kernel, bits, lines)
+    assert len(set(found)) == len(found) <= tune.MOST_CONFIGS
+    known = {entry.config for entry in lines if (entry.kernel, entry.bits) == (kernel, bits)}
+    assert known <= set(found) and (len(found) > len(known) or not known)
+    if kernel != "weight_grad":
+        assert {config.block_m for config in found} <= set(plan.TILE_ROWS)
+
+
+LAUNCHES = """
+import torch, tune
+from unittest import mock
+from triton.runtime.jit import JITFunction
+from moe_mtl.kernels import configs, gpu
+from shapes import SHAPES
+
+def launches(run):
+    found = set()
+    def record(function, *args, grid, warmup, **constants):
+        name = function.fn.__name__.removesuffix("_kernel")
+        if name in configs.KERNELS:
+            given = (tuple((a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in args))
+            found.add((name, grid, given, *sorted(constants.items())))
+    chip = mock.patch.object(configs, "chip", lambda device: (90, 132))
+    with chip, mock.patch.object(JITFunction, "run", record), torch.device("meta"):
+        run()
+    return found
+
+def tuned():
+    for problem in tune.problems(shape, "bf16", torch.device("meta"), 132):
+        problem.run(configs.pick(problem.kernel, 90, 16, shape.glu, shape.rows // shape.experts, problem.width))
+
+def library():
+    e, d, wide = shape.experts, shape.dim, shape.wide
+    sizes = ((shape.tokens, d), (e, wide, d), (e, d, shape.hidden), (e, wide), (e, d), (shape.rows, wide))
+    x, w1, w2, b1, b2, z = (torch.empty(size, dtype=torch.bfloat16) for size in sizes)
+    b1, b2 = (None, None) if shape.glu else (b1, b2)
+    gates, sort, act = torch.empty(shape.tokens, shape.k), tune._plan(shape, torch.device("meta")), shape.activation
+    for save in (True, False):
+        gpu.moe_mlp(x, w1, b1, w2, b2, gates, sort, act, shape.glu, save)
+    need = [True, True, b1 is not None, True, b2 is not None, True]
+    gpu.moe_mlp_backward(x, x, z, w1, w2, b2, gates, sort, act, shape.glu, need)
+
+for shape in SHAPES:
+    timed, real = launches(tuned), launches(library)
+    assert len(real) == 7, len(real)
+    assert timed == real, (shape, timed ^ real)
+print("same")
+"""
+
+
+def test_what_is_tuned_is_what_the_library_launches():
+    done = python(LAUNCHES, TRITON_INTERPRET="0")
+    assert done.stdout == "same\n", done.stderr
+
+
+def test_a_sweep_times_what_is_right_and_names_the_rest(monkeypatch):
+    table, other, broken = Config(32, 32, 32), Config(64, 32, 32), Config(48, 32, 32)
+    lines = [Entry(kernel, 90, 16, table) for kernel in configs.KERNELS]
+    clock = iter(range(1, 100))
+    monkeypatch.setattr(tune, "candidates", lambda *args: [other, table, broken])
+
+    def fault(shape, place, config):
+        return "spills" if (place, config) == (3, other) else ""
+
+    shape = Shape("tiny", 9, 16, 16, 2, 2)
+    found = tune.sweep([shape], "bf16", CPU, lines, 1, fault, lambda run: next(clock), 1e9)
+    times = {name: by_config for by_name in found.times.values() for name, by_config in by_name.items()}
+    rows = ("up, training", "down, forward", "down, input gradient", "hidden_grad, backward", "fused, inference")
+    weights = ("weight_grad, first layer", "weight_grad, second layer")
+    assert set(times) == {f"tiny: {role}" for role in (*rows, *weights)}
+    assert times["tiny: up, training"] == {table: 1, other: 2}
+    assert set(times["tiny: hidden_grad, backward"]) == {table}
+    assert found.skipped["tiny: hidden_grad, backward"][other] == "spills"
+    for role in rows:  # the plan has no tiles of 48 rows
+        assert "48" in found.skipped[f"tiny: {role}"][broken]
+    assert set(found.times) == {Bucket(kernel, 16, False, 48, 256) for kernel in configs.KERNELS}
+
+
+def test_a_config_that_computes_something_else_is_not_timed(monkeypatch):
+    table, other = Config(32, 32, 32), Config(64, 32, 32)
+    right = torch.ones(4)
+    problem = tune.Problem("up", "wrong", 16, lambda config: (right if config == table else 1.1 * right,))
+    monkeypatch.setattr(tune, "problems", lambda *args: [problem])
+    monkeypatch.setattr(tune, "candidates", lambda *args: [table, other])
+    found = tune.sweep([TINY], "bf16", CPU, [Entry("up", 90, 16, table)], 1, lambda *launch: "", lambda run: 1.0, 1e9)
+    assert found.times == {Bucket("up", 16, False, 48, 256): {"tiny: up, wrong": {table: 1.0}}}
+    assert found.skipped["tiny: up, wrong"] == {other: "differs from the table's by 1.0e-01"}
+
+
+def test_a_sweep_ends_in_lines(capsys):
+    lines = [entry for entry in configs.entries() if entry.arch == 90]
+    bucket = Bucket("up", 16, False, None, 512)
+    current = config_table.picked(lines, "up", 16, False, 10**4, 512)
+    found = tune.Found({bucket: {"p": {current: 2e-6, A: 1e-6}}}, {"p": {B: "spills 4 registers"}})
+    chosen = tune.choose(found, lines)
+    assert chosen == {bucket: A}
+    text = tune.report(found, chosen, lines)
+    assert text[1].split() == ["p", "2.0", "1.0", "2.00", "32x64x64", "w4", "s3"]
+    assert text[2] == "skipped, p: 64x64x64 w4 s3: spills 4 registers"
+    new = config_table.text(config_table.merged(list(configs.entries()), 90, chosen))
+    assert any(
+        '"max_width": 512' in line and line.startswith("+") for line in tune.changed(configs.TABLE.read_text(), new)
+    )
+    assert tune.choose(tune.Found({bucket: {"p": {A: 1.0}, "q": {B: 1.0}}}, {}), lines) == {}
