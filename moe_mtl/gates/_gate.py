@@ -58,6 +58,23 @@ class Gate(nn.Module, ABC):
             valid: bool [m], False for padding, which no statistic counts.
         """
 
+    def each(self, x: Tensor, tasks: Sequence[int], valid: Tensor | None = None) -> Routing:
+        """Routes the same tokens for each of several tasks.
+
+        It is what `forward` gives for the tokens repeated once per task, [(t m), d], without repeating them where the
+        gate can do without.
+
+        Args:
+            x: tokens [m, d].
+            tasks: ids.
+            valid: bool [m], False for padding.
+
+        Returns:
+            The routing of t equal blocks of m rows, one per id.
+        """
+        count = len(tasks)
+        return self(x.repeat(count, 1), tuple(tasks), None if valid is None else valid.repeat(count))
+
     def reachable(self, task: int) -> tuple[int, ...] | None:
         """Ids of the experts this task can ever use, when that does not depend on the input; None for all."""
         return None

@@ -7,11 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_mtl.gates._gate import Gate
-from moe_mtl.kernels.ops import grouped_linear
 from moe_mtl.routing import Routing, TaskIds
 
 
@@ -48,11 +46,6 @@ def check_task(task: TaskIds | None, num_tasks: int, rows: int | None = None) ->
         raise ValueError(f"task: {rows} rows do not split into {len(ids)} equal blocks, one per id")
 
 
-def uniform_parameter(*shape: int, fan_in: int) -> nn.Parameter:
-    """A parameter drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)): Kaiming-uniform with a = sqrt(5), as nn.Linear."""
-    return nn.Parameter(torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5))
-
-
 class RouterGate(Gate):
     """A gate that scores all experts, then turns the scores into weights, both without autocast.
 
@@ -66,21 +59,44 @@ class RouterGate(Gate):
             ValueError: `x` is not [m, d], `valid` is not bool [m], or `task` is out of range, does not fit the rows, or
                 is None for a gate that depends on it.
         """
-        if x.ndim != 2 or x.shape[1] != self.dim:
-            raise ValueError(f"x: got shape {list(x.shape)}, expected tokens [m, {self.dim}]")
-        if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:1]):
-            raise ValueError(f"valid: got {valid.dtype} {list(valid.shape)}, expected torch.bool [{x.shape[0]}]")
+        x = self._checked(x, valid)
         if task is not None or self.task_dependent:
             check_task(task, self.num_tasks, x.shape[0])
-        if valid is not None:  # before any arithmetic: NaN in padding would reach the router's gradient
-            x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
         with _no_autocast(x.device.type):
             logits = self.scores(x.to(torch.promote_types(x.dtype, torch.float32)), task)
             return self.choose(logits, task, valid)
 
+    def each(self, x: Tensor, tasks: Sequence[int], valid: Tensor | None = None) -> Routing:
+        """Routes the same tokens for each of several tasks; see `Gate.each`.
+
+        Raises:
+            ValueError: as in `forward`.
+        """
+        x, tasks = self._checked(x, valid), tuple(tasks)
+        check_task(tasks, self.num_tasks)
+        with _no_autocast(x.device.type):
+            logits = self.scores_each(x.to(torch.promote_types(x.dtype, torch.float32)), tasks)
+            return self.choose(logits, tasks, None if valid is None else valid.repeat(len(tasks)))
+
+    def _checked(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """The tokens, zero where they are padding: NaN there would reach the router's gradient.
+
+        Raises:
+            ValueError: `x` is not [m, d], or `valid` is not bool [m].
+        """
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"x: got shape {list(x.shape)}, expected tokens [m, {self.dim}]")
+        if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:1]):
+            raise ValueError(f"valid: got {valid.dtype} {list(valid.shape)}, expected torch.bool [{x.shape[0]}]")
+        return x if valid is None else x.masked_fill(~valid.unsqueeze(-1), 0.0)
+
     @abstractmethod
     def scores(self, x: Tensor, task: Any) -> Tensor:
         """Clean logits [m, e] of tokens [m, d], in the dtype of `x`. `task` is checked, and None only where blind."""
+
+    def scores_each(self, x: Tensor, tasks: Sequence[int]) -> Tensor:
+        """Clean logits [(t m), e] of the same tokens [m, d] for each of these tasks; cheaper where a gate knows how."""
+        return self.scores(x.repeat(len(tasks), 1), tuple(tasks))
 
     @abstractmethod
     def choose(self, logits: Tensor, task: TaskIds | None, valid: Tensor | None) -> Routing:
@@ -110,55 +126,3 @@ def _no_autocast(device_type: str) -> AbstractContextManager:
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
-
-
-def select(parameters: nn.ParameterList, tasks: Sequence[int]) -> nn.ParameterList:
-    """Copies of these entries, in this order, each a parameter of its own."""
-    return nn.ParameterList([copy.deepcopy(parameters[i]) for i in tasks])
-
-
-class TaskLinear(nn.Module):
-    """One linear map per task, each a parameter of its own.
-
-    One parameter per task rather than one [t, e, d] tensor: the router of a task that takes no part in a step then has
-    no gradient at all, so weight decay and momentum leave it bit-equal, and it can be frozen or dropped alone. Ids per
-    row are the exception: which tasks occur is not known without reading them, so absent ones get exact zeros.
-
-    Args:
-        dim: width d of the tokens.
-        num_experts: outputs e.
-        num_tasks: maps t.
-        bias: whether each map adds a bias, zero to begin with.
-    """
-
-    def __init__(self, dim: int, num_experts: int, num_tasks: int, *, bias: bool):
-        super().__init__()
-        self.weight = nn.ParameterList([uniform_parameter(num_experts, dim, fan_in=dim) for _ in range(num_tasks)])
-        self.bias = (
-            nn.ParameterList([nn.Parameter(torch.zeros(num_experts)) for _ in range(num_tasks)]) if bias else None
-        )
-
-    def forward(self, x: Tensor, task: TaskIds) -> Tensor:
-        """Maps each row [m, d] by the matrix of its task, [m, e], in the dtype of `x`."""
-        if isinstance(task, int):
-            bias = None if self.bias is None else self.bias[task].to(x.dtype)
-            return F.linear(x, self.weight[task].to(x.dtype), bias)
-        ids = range(len(self.weight)) if isinstance(task, Tensor) else task
-        weight = torch.stack([self.weight[i] for i in ids]).to(x.dtype)
-        bias = None if self.bias is None else torch.stack([self.bias[i] for i in ids]).to(x.dtype)
-        if isinstance(task, Tensor):
-            return grouped_linear(x, weight, bias, task)
-        blocks = x.unflatten(0, (len(task), x.shape[0] // len(task)))
-        scores = torch.bmm(blocks, weight.mT)
-        return (scores if bias is None else scores + bias.unsqueeze(1)).flatten(0, 1)
-
-    @torch.no_grad()
-    def zero_scores(self) -> None:
-        """Makes, in place, every map zero."""
-        for parameter in self.parameters():
-            parameter.zero_()
-
-    def keep_tasks(self, tasks: Sequence[int]) -> None:
-        """Drops, in place, every map but these, which take the places 0, 1, ..."""
-        self.weight = select(self.weight, tasks)
-        self.bias = None if self.bias is None else select(self.bias, tasks)

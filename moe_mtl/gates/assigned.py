@@ -13,8 +13,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from moe_mtl.gates._router import RouterGate, select
+from moe_mtl.gates._router import RouterGate
 from moe_mtl.routing import Routing, TaskIds
+from moe_mtl.task_linear import select
 
 # The logit of an expert that is not the task's: softmax makes it exactly 0, and statistics of logits stay finite.
 UNREACHABLE = -1e4

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from moe_mtl.gates._router import TaskLinear
 from moe_mtl.gates._topk import TopKGate
 from moe_mtl.routing import TaskIds
+from moe_mtl.task_linear import TaskLinear
 
 
 class NoisyTopKGate(TopKGate):
@@ -24,6 +24,10 @@ class NoisyTopKGate(TopKGate):
     def scores(self, x: Tensor, task: TaskIds) -> Tensor:
         """W_t x, [m, e]."""
         return self.router(x, task)
+
+    def scores_each(self, x: Tensor, tasks: Sequence[int]) -> Tensor:
+        """W_t x for each task, in one product."""
+        return self.router.each(x, tasks)
 
     def zero_scores(self) -> None:
         """Makes, in place, every router zero."""

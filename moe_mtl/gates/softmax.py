@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from moe_mtl.gates._router import RouterGate, TaskLinear
+from moe_mtl.gates._router import RouterGate
 from moe_mtl.routing import Routing, TaskIds
+from moe_mtl.task_linear import TaskLinear
 
 
 class SoftmaxGate(RouterGate):
@@ -39,6 +40,10 @@ class SoftmaxGate(RouterGate):
     def scores(self, x: Tensor, task: TaskIds) -> Tensor:
         """W_t x + c_t, [m, e]."""
         return self.router(x, task)
+
+    def scores_each(self, x: Tensor, tasks: Sequence[int]) -> Tensor:
+        """W_t x for each task, in one product."""
+        return self.router.each(x, tasks)
 
     def choose(self, logits: Tensor, task: TaskIds | None, valid: Tensor | None) -> Routing:
         """The dense mixture of logits [m, e]."""

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_mtl.gates._router import uniform_parameter
 from moe_mtl.gates._topk import TopKGate
 from moe_mtl.routing import TaskIds
+from moe_mtl.task_linear import uniform_parameter
 
 
 class TaskBlindGate(TopKGate):

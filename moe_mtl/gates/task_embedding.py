@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_mtl.gates._router import select, uniform_parameter
 from moe_mtl.gates._topk import Normalize, TopKGate
 from moe_mtl.routing import TaskIds
+from moe_mtl.task_linear import select, uniform_parameter
 
 
 class TaskEmbeddingGate(TopKGate):

@@ -1,0 +1,77 @@
+"""Linear maps with weights per task: what routers and towers share."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_mtl.kernels.ops import grouped_linear
+from moe_mtl.routing import TaskIds
+
+
+def uniform_parameter(*shape: int, fan_in: int) -> nn.Parameter:
+    """A parameter drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)): Kaiming-uniform with a = sqrt(5), as nn.Linear."""
+    return nn.Parameter(torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5))
+
+
+def select(parameters: nn.ParameterList, tasks: Sequence[int]) -> nn.ParameterList:
+    """Copies of these entries, in this order, each a parameter of its own."""
+    return nn.ParameterList([copy.deepcopy(parameters[i]) for i in tasks])
+
+
+class TaskLinear(nn.Module):
+    """One linear map per task, each a parameter of its own.
+
+    One parameter per task rather than one [t, e, d] tensor: the router of a task that takes no part in a step then has
+    no gradient at all, so weight decay and momentum leave it bit-equal, and it can be frozen or dropped alone. Ids per
+    row are the exception: which tasks occur is not known without reading them, so absent ones get exact zeros.
+
+    Args:
+        dim: width d of the tokens.
+        out: outputs e.
+        num_tasks: maps t.
+        bias: whether each map adds a bias, zero to begin with.
+    """
+
+    def __init__(self, dim: int, out: int, num_tasks: int, *, bias: bool):
+        super().__init__()
+        self.weight = nn.ParameterList([uniform_parameter(out, dim, fan_in=dim) for _ in range(num_tasks)])
+        self.bias = (
+            nn.ParameterList([nn.Parameter(torch.zeros(out)) for _ in range(num_tasks)]) if bias else None
+        )
+
+    def forward(self, x: Tensor, task: TaskIds) -> Tensor:
+        """Maps each row [m, d] by the matrix of its task, [m, e], in the dtype of `x`."""
+        if isinstance(task, int):
+            bias = None if self.bias is None else self.bias[task].to(x.dtype)
+            return F.linear(x, self.weight[task].to(x.dtype), bias)
+        weight, bias = self._stacked(range(len(self.weight)) if isinstance(task, Tensor) else task, x.dtype)
+        if isinstance(task, Tensor):
+            return grouped_linear(x, weight, bias, task)
+        blocks = x.unflatten(0, (len(task), x.shape[0] // len(task)))
+        scores = torch.bmm(blocks, weight.mT)
+        return (scores if bias is None else scores + bias.unsqueeze(1)).flatten(0, 1)
+
+    def each(self, x: Tensor, tasks: Sequence[int]) -> Tensor:
+        """Maps the same rows [m, d] by the matrix of each of these tasks in one product, [(t m), e]."""
+        weight, bias = self._stacked(tasks, x.dtype)
+        y = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+        return y.unflatten(1, (len(tasks), -1)).transpose(0, 1).flatten(0, 1)
+
+    def _stacked(self, ids: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The matrices [t, e, d] and biases [t, e] of these tasks."""
+        weight = torch.stack([self.weight[i] for i in ids]).to(dtype)
+        return weight, None if self.bias is None else torch.stack([self.bias[i] for i in ids]).to(dtype)
+
+    @torch.no_grad()
+    def zero_scores(self) -> None:
+        """Makes, in place, every map zero."""
+        for parameter in self.parameters():
+            parameter.zero_()
+
+    def keep_tasks(self, tasks: Sequence[int]) -> None:
+        """Drops, in place, every map but these, which take the places 0, 1, ..."""
+        self.weight = select(self.weight, tasks)
+        self.bias = None if self.bias is None else select(self.bias, tasks)
