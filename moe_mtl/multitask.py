@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_mtl.heads import Features
-from moe_mtl.layers import ContextMoE, TaskContext
+from moe_mtl.layers import ContextMoE, MoE, TaskContext
 from moe_mtl.routing import Routing, TaskIds
 from moe_mtl.tasks import Task, check_tasks, nearest
 
@@ -99,9 +99,9 @@ class MultiTaskModel(nn.Module):
         self._features = features
 
     @property
-    def moe_layers(self) -> dict[str, ContextMoE]:
+    def moe_layers(self) -> dict[str, MoE]:
         """The task-gated layers, by the key of their `Routing`."""
-        return {layer.name: layer for layer in self.modules() if isinstance(layer, ContextMoE)}
+        return {layer.name: layer.moe for layer in self.modules() if isinstance(layer, ContextMoE)}
 
     def features(self, x: Tensor, task: TaskIds) -> tuple[Features, dict[str, Routing]]:
         """Backbone features and routings.
@@ -154,8 +154,8 @@ class MultiTaskModel(nn.Module):
     def for_tasks(self, names: Sequence[str] | str) -> "MultiTaskModel":
         """An independent copy for these tasks alone: their routers and heads, the shared weights, nothing else."""
         ids = task_ids(self.tasks, names)
-        gates = {id(layer.moe.gate): layer.moe.gate for layer in self.modules() if isinstance(layer, ContextMoE)}
-        memo: dict[int, Any] = {key: gate.for_tasks(ids) for key, gate in gates.items()}  # stand in for the originals
+        gates = [layer.gate for layer in self.moe_layers.values()]
+        memo: dict[int, Any] = {id(gate): gate.for_tasks(ids) for gate in gates}  # stand in for the originals
         heads = {self.tasks[i].name: copy.deepcopy(self.heads[self.tasks[i].name], memo) for i in ids}
         memo[id(self.heads)] = nn.ModuleDict(heads).train(self.heads.training)
         model: Any = copy.deepcopy(self, memo)
@@ -163,7 +163,7 @@ class MultiTaskModel(nn.Module):
         args = getattr(model, "config", {}).get("args", {})
         if "gate_args" in args:
             for layer in model.moe_layers.values():
-                args["gate_args"].update(layer.moe.gate.task_options())
+                args["gate_args"].update(layer.gate.task_options())
         return model
 
     def _check_images(self, x: Tensor) -> None:

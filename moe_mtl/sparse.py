@@ -99,15 +99,15 @@ def extract(
         return small
     found = {}
     for name, layer in small.moe_layers.items():
-        reached = [layer.moe.gate.reachable(task) for task in range(len(small.tasks))]
-        held = layer.moe.kept_experts
+        reached = [layer.gate.reachable(task) for task in range(len(small.tasks))]
+        held = layer.kept_experts
         if all(ids is not None for ids in reached):
             held = sorted(set(held) & set().union(*reached))
-        found[name] = LayerExtraction(layer.moe.gate.num_experts, tuple(held))
+        found[name] = LayerExtraction(layer.gate.num_experts, tuple(held))
     if calibration is not None:
         usage, tokens = _measure(small, calibration)
         for name, shares in usage.items():
-            gate = small.moe_layers[name].moe.gate
+            gate = small.moe_layers[name].gate
             least = 1 if gate.compute_class == "dense" else gate.k
             kept, dropped = _least_used(shares, found[name].kept, least, mass)
             by_task = dict(zip((task.name for task in small.tasks), dropped.tolist(), strict=True))
@@ -131,7 +131,7 @@ def keep_experts(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
     for name, ids in kept.items():
         if name not in layers:
             raise ValueError(f"kept: no layer {name!r} with experts; {nearest(name, layers)}")
-        moe = layers[name].moe
+        moe = layers[name]
         if sorted(ids) == moe.kept_experts:
             continue
         try:
@@ -140,7 +140,7 @@ def keep_experts(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
             raise ValueError(f"kept: layer {name!r}: {error}") from error
     config: dict[str, Any] | None = getattr(model, "config", None)
     if config is not None:
-        held = {name: layer.moe.kept_experts for name, layer in layers.items() if layer.moe.gate.kept is not None}
+        held = {name: layer.kept_experts for name, layer in layers.items() if layer.gate.kept is not None}
         config.pop("kept_experts", None)
         if held:
             config["kept_experts"] = held

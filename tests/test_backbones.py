@@ -88,7 +88,7 @@ def test_split_is_exact_and_costs_output_biases_only(structure, gate):
     patches = backbone.forward_features(x)[:, backbone.num_prefix_tokens :]
     expected = patches.repeat(1 if gate == "task_blind" else len(TASKS), 1, 1)
     torch.testing.assert_close(features.patches, expected, atol=1e-9, rtol=1e-9)
-    mlp, experts = backbone.blocks[1].mlp, model.moe_layers["blocks.1"].moe.experts
+    mlp, experts = backbone.blocks[1].mlp, model.moe_layers["blocks.1"].experts
     extra_output_biases = 3 * backbone.embed_dim
     biases = 0 if mlp.fc2.bias is None else extra_output_biases
     assert sum(p.numel() for p in experts.parameters()) == sum(p.numel() for p in mlp.parameters()) + biases
@@ -107,8 +107,8 @@ def test_routers_and_experts_learn_from_step_zero(options):
     g = torch.Generator().manual_seed(5)
     sum((p * torch.randn(p.shape, generator=g, dtype=p.dtype)).sum() for p in predictions.values()).backward()
     for layer in model.moe_layers.values():
-        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in layer.moe.gate.parameters())
-        assert layer.moe.experts.w1.grad.abs().max() > 0
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in layer.gate.parameters())
+        assert layer.experts.w1.grad.abs().max() > 0
 
 
 def test_the_given_backbone_is_left_alone():
@@ -160,7 +160,7 @@ def test_cost_is_said(capsys):
 
 
 def test_dense_gate_needs_no_k():
-    assert moefy(dense(), TASKS, gate="softmax", experts=4).moe_layers["blocks.1"].moe.gate.k == 4
+    assert moefy(dense(), TASKS, gate="softmax", experts=4).moe_layers["blocks.1"].gate.k == 4
 
 
 class TestRefusals:

@@ -28,7 +28,7 @@ def routed(model, x):
     """Ids of the bank's experts that get at least one token."""
     _, routings = model(x, return_routing=True)
     ((name, routing),) = routings.items()
-    indices = model.moe_layers[name].moe.gate.in_bank(routing).indices
+    indices = model.moe_layers[name].gate.in_bank(routing).indices
     return set(range(EXPERTS)) if indices is None else set(indices.unique().tolist())
 
 

@@ -77,7 +77,7 @@ def test_every_model_predicts_every_task_and_every_parameter_learns(name):
     assert without == []
     assert [n for n, p in model.named_parameters() if not p.grad.any()] == []
     for layer in getattr(model, "moe_layers", {}).values():
-        assert all(p.grad.flatten(1).any(dim=1).all() for p in layer.moe.experts.parameters())  # every single expert
+        assert all(p.grad.flatten(1).any(dim=1).all() for p in layer.experts.parameters())  # every single expert
 
 
 def test_larger_sizes_are_the_published_ones():
@@ -85,7 +85,7 @@ def test_larger_sizes_are_the_published_ones():
         small = create_model("m3vit_small", tasks=TASKS[:1])
     layers = small.moe_layers
     assert list(layers) == [f"blocks.{i}" for i in range(1, 12, 2)]
-    moe = layers["blocks.1"].moe
+    moe = layers["blocks.1"]
     assert (moe.experts.num_experts, moe.gate.k, moe.experts.dim) == (16, 4, 384)
     assert tuple(moe.experts.w1.shape) == (16, 384, 384)  # hidden ratio 1
     assert small.backbone.cls_token is not None
@@ -150,7 +150,7 @@ class TestGatesInModels:
                         for p in head.parameters():
                             p.fill_(math.nan)
                 for layer in broken.moe_layers.values():
-                    per_task = [m for m in layer.moe.gate.modules() if isinstance(m, torch.nn.ParameterList)]
+                    per_task = [m for m in layer.gate.modules() if isinstance(m, torch.nn.ParameterList)]
                     assert len(per_task) == {"softmax": 2, "task_blind": 0}.get(gate, 1)
                     for p in (p for entries in per_task for i, p in enumerate(entries) if i != keep):
                         p.fill_(math.nan)
@@ -252,7 +252,7 @@ def test_training_one_tasks_own_parameters_leaves_the_others_bit_equal(gate):
     before = model.eval()(x)
     own = [*model.heads["depth"].parameters()]
     for layer in model.moe_layers.values():
-        own += [m[1] for m in layer.moe.gate.modules() if isinstance(m, torch.nn.ParameterList)]
+        own += [m[1] for m in layer.gate.modules() if isinstance(m, torch.nn.ParameterList)]
     optimizer = torch.optim.AdamW(own, lr=0.1, weight_decay=0.1)
     for _ in range(2):
         optimizer.zero_grad()

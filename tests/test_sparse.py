@@ -33,11 +33,11 @@ def tiny(gate="noisy_topk", shun=False, seed=0, **overrides):
     ).eval()
     with torch.no_grad():
         for layer in model.moe_layers.values():
-            for parameter in layer.moe.gate.parameters():
+            for parameter in layer.gate.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
         if shun:
             model.backbone.blocks[1].norm2.bias[0] = 10  # every token of layer 1 has a 10 there
-            router = model.moe_layers["blocks.1"].moe.gate
+            router = model.moe_layers["blocks.1"].gate
             for task in range(len(TASKS)):
                 if gate == "softmax":
                     router.router.bias[task][SHUNNED] = -300
@@ -87,7 +87,7 @@ def test_without_calibration_it_is_exact_and_holds_the_reachable_experts_alone(g
     ids = sorted(e for name in tasks for e in assigned[name]) if gate == "assigned" else list(range(E))
     assert kept(small) == dict.fromkeys(LAYERS, ids)
     for layer in small.moe_layers.values():
-        assert all(len(p) == len(ids) for p in layer.moe.experts.parameters())
+        assert all(len(p) == len(ids) for p in layer.experts.parameters())
     # parameters: the model's without the other heads, the other tasks' entries of the gates, and the experts dropped
     count = 0
     for name, p in model.named_parameters():
@@ -105,7 +105,7 @@ def test_nan_in_what_a_task_cannot_reach_changes_nothing():
     before = extract(model, "tilt")(x)["tilt"]
     with torch.no_grad():
         for layer in model.moe_layers.values():
-            for p in layer.moe.experts.parameters():
+            for p in layer.experts.parameters():
                 p[[0, 1, 4, 5, 6]] = math.nan
     assert torch.equal(extract(model, "tilt")(x)["tilt"], before)
 
@@ -121,7 +121,7 @@ def test_calibration_drops_exactly_what_no_token_used(gate, tasks):
     agree(small, model, x, tasks)
     for name, layer in small.moe_layers.items():
         found = small.extraction.layers[name]
-        assert layer.moe.experts.num_experts == len(layer.moe.experts.w1) == len(found.kept)
+        assert layer.experts.num_experts == len(layer.experts.w1) == len(found.kept)
         assert found.experts == E
         assert found.dropped_mass == 0 and found.dropped_mass_by_task == dict.fromkeys(tasks, 0.0)
         assert found.tokens == 4 * 16 * (len(tasks) if GATES[gate].task_dependent else 1)
@@ -156,9 +156,9 @@ def test_mass_by_hand():
     # Router probabilities (1, 2, 5, 8) / 16 for depth and 1/4 each for scene, whatever the token.
     model = tiny("softmax", experts=4)
     for layer in model.moe_layers.values():
-        layer.moe.gate.zero_scores()
+        layer.gate.zero_scores()
         with torch.no_grad():
-            layer.moe.gate.router.bias[0].copy_(torch.tensor([0.0, LOG(2), LOG(5), LOG(8)]))
+            layer.gate.router.bias[0].copy_(torch.tensor([0.0, LOG(2), LOG(5), LOG(8)]))
     x = images(2)
 
     one = extract(model, "depth", x.unsqueeze(0), mass=0.2).extraction.layers["blocks.0"]  # 1/16 + 2/16 <= 0.2
@@ -192,7 +192,7 @@ def test_saved_and_loaded_it_is_the_same(gate, tmp_path):
     small = extract(tiny(gate, shun=True), ["scene", "depth"], [x], mass=0.2)
     assert small.config["kept_experts"] == {n: ids for n, ids in kept(small).items() if len(ids) < E}
     again = load(save(small, tmp_path / "model"))
-    assert [layer.moe.kept_experts for layer in again.moe_layers.values()] == list(kept(small).values())
+    assert [layer.kept_experts for layer in again.moe_layers.values()] == list(kept(small).values())
     assert again.config == small.config
     ours, theirs = again(x), small(x)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -229,10 +229,10 @@ def test_extraction_from_an_extracted_model_keeps_the_ids_of_the_full_one(gate):
 
 
 def test_experts_kept_in_two_steps_have_the_weights_they_had():
-    model, bank = tiny(), tiny().moe_layers["blocks.1"].moe.experts
+    model, bank = tiny(), tiny().moe_layers["blocks.1"].experts
     for ids in ([6, 2, 0, 5], [5, 2], [5]):
         keep_experts(model, {"blocks.1": ids})
-        for name, p in model.moe_layers["blocks.1"].moe.experts.named_parameters():
+        for name, p in model.moe_layers["blocks.1"].experts.named_parameters():
             assert torch.equal(p, getattr(bank, name)[sorted(ids)])
     routing = model(images(), return_routing=True)[1]["blocks.1"]
     assert (routing.indices == 5).all() and routing.k == 1
@@ -286,7 +286,7 @@ def test_nan_in_dropped_experts_does_not_matter():
     expected = extract(model, "depth", [x])
     with torch.no_grad():
         for name, ids in kept(expected).items():
-            for p in model.moe_layers[name].moe.experts.parameters():
+            for p in model.moe_layers[name].experts.parameters():
                 p[[e for e in range(E) if e not in ids]] = math.nan
     assert torch.equal(extract(model, "depth", [x])(x)["depth"], expected(x)["depth"])
 
@@ -368,7 +368,7 @@ class TestBadInput:
         assert model.config["kept_experts"] == {"blocks.1": [0, 2, 4]}
         with pytest.raises(ValueError, match=r"got \[1, 2\], expected different experts of \[0, 2, 4\]"):
             keep_experts(model, {"blocks.1": [1, 2]})
-        bank = model.moe_layers["blocks.1"].moe.experts
+        bank = model.moe_layers["blocks.1"].experts
         for ids in ([3], [-1], [0, 0], []):
             with pytest.raises(ValueError, match=r"^ids: .* of 0 to 2, at least one"):
                 bank.keep_experts(ids)
