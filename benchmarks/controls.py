@@ -242,7 +242,7 @@ def measure_cost(rounds: int) -> None:
     keep_freed_memory()
     set_seed(0)
     data, size = get_recipe(REFERENCE).data, get_recipe(REFERENCE).trainer.batch_size
-    tasks = data.tasks()
+    tasks = data.task_list()
     batch = collate(data.split("train").__getitems__(list(range(size))), tasks=tasks)
 
     def update_of(recipe: str) -> Callable[[], None]:

@@ -41,15 +41,15 @@ class PooledHead(nn.Module):
 
     def __init__(self, task: Task, dim: int):
         super().__init__()
-        self.kind, self.channels = task.kind, task.channels
+        self.scalar, self.mean, self.std = task.is_scalar, task.mean, task.std
         self.norm = nn.LayerNorm(dim)
         self.hidden = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, task.channels)
 
     def forward(self, features: Features) -> Tensor:
-        """Prediction [b, c]; [b] for a regression of one value."""
-        y = self.out(F.gelu(self.hidden(self.norm(features.pooled))))
-        return y.squeeze(-1) if self.kind == "regression" and self.channels == 1 else y
+        """Prediction [b, c]; [b] for a binary task and a regression of one value."""
+        y = self.out(F.gelu(self.hidden(self.norm(features.pooled)))) * self.std + self.mean
+        return y.squeeze(-1) if self.scalar else y
 
 
 class DenseHead(nn.Module):

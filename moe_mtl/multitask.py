@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from moe_mtl.heads import Features
 from moe_mtl.layers import ContextMoE, MoE, TaskContext
@@ -56,6 +57,11 @@ def present_ids(x: Tensor, ids: Tensor, count: int) -> list[int]:
     return present
 
 
+def select_rows(x: Any, rows: Tensor) -> Any:
+    """Some of the samples of an input: a tensor [b, ...] or a dict of them."""
+    return tree_map(lambda t: t[rows.to(t.device)], x)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts every module in eval mode without gradients, and gives each its own mode back."""
@@ -97,6 +103,8 @@ class MultiTaskModel(nn.Module):
         self.heads = nn.ModuleDict({task.name: heads[task.name] for task in self.tasks})
         self.context = context
         self._features = features
+
+    input = "image"  # the key of a batch whose entry the model takes
 
     @property
     def moe_layers(self) -> dict[str, MoE]:
@@ -181,25 +189,26 @@ class SingleTaskSet(nn.Module):
     """One independent model per task behind the call of a multi-task model: the single-task control.
 
     Args:
-        models: a `MultiTaskModel` of one task per task name.
+        models: a multi-task model of one task per task name.
     """
 
-    def __init__(self, models: Mapping[str, MultiTaskModel]):
+    def __init__(self, models: Mapping[str, Any]):
         super().__init__()
         for name, model in models.items():
             if [task.name for task in model.tasks] != [name]:
                 raise ValueError(f"models: {name!r} predicts {[task.name for task in model.tasks]}, expected {name!r}")
         self.models = nn.ModuleDict(models)
         self.tasks = check_tasks([model.tasks[0] for model in models.values()])
+        self.input = next(iter(models.values())).input
 
-    def forward(self, x: Tensor, tasks: Sequence[str] | Tensor | None = None, return_routing: bool = False):
+    def forward(self, x: Any, tasks: Sequence[str] | Tensor | None = None, return_routing: bool = False):
         """As `MultiTaskModel.forward`; layers are keyed `task/layer`."""
         predictions, routings = {}, {}
         if isinstance(tasks, Tensor):
-            for i in present_ids(x, tasks, len(self.tasks)):
-                name, rows = self.tasks[i].name, (tasks == i).nonzero().flatten().to(x.device)
-                own, layers = self.models[name](x[rows], return_routing=True)
-                predictions[name] = (rows, own[name])
+            for i in present_ids(tree_leaves(x)[0], tasks, len(self.tasks)):
+                name, rows = self.tasks[i].name, (tasks == i).nonzero().flatten()
+                own, layers = self.models[name](select_rows(x, rows), return_routing=True)
+                predictions[name] = (rows.to(tree_leaves(x)[0].device), own[name])
                 routings |= {f"{name}/{layer}": routing for layer, routing in layers.items()}
         else:
             ids = task_ids(self.tasks, tasks) if tasks is not None else range(len(self.tasks))

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from moe_mtl.data.census_income import CensusIncome
 from moe_mtl.data.nyuv2 import NYUv2
 from moe_mtl.data.procroom import ProcRoom
+from moe_mtl.data.table import Table
 from moe_mtl.tasks import nearest
 from moe_mtl.trainer_config import TrainerConfig
 
@@ -41,7 +43,7 @@ class Recipe:
     """
 
     model: ModelConfig
-    data: ProcRoom | NYUv2
+    data: Any
     trainer: TrainerConfig
 
     def to_dict(self) -> dict[str, Any]:
@@ -250,3 +252,48 @@ def shared_bottom_micro_nyuv2() -> Recipe:
 def single_task_micro_nyuv2() -> Recipe:
     """Single-task control of m3vit_micro_nyuv2: a dense backbone per task, the same training and data."""
     return _on(m3vit_micro_nyuv2(), "runs/single_task_micro_nyuv2", "single_task_micro", **FRAMES)
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _table(model: str, data: Any, **args: Any) -> Recipe:
+    """A model on a table, with settings that suit tens of thousands of rows on a CPU."""
+    return Recipe(
+        model=ModelConfig(name=f"{model}_table", args=args),
+        data=data,
+        trainer=TrainerConfig(
+            out=f"runs/{model}_table",
+            steps=2000,
+            batch_size=512,
+            lr=1e-3,
+            weight_decay=0.01,
+            eval_every=500,
+            save_every=500,
+            log_every=50,
+        ),
+    )
+
+
+@register
+def mmoe_table() -> Recipe:
+    """MMoE on a table of your own; needs --data.root and --data.tasks."""
+    return _table("mmoe", Table())
+
+
+@register
+def mmoe_census() -> Recipe:
+    """MMoE on Census-Income; needs --data.root."""
+    return _on(_table("mmoe", CensusIncome()), "runs/mmoe_census", "mmoe_table")
+
+
+@register
+def shared_bottom_census() -> Recipe:
+    """Dense control of mmoe_census: one bottom for both tasks; needs --data.root."""
+    return _on(mmoe_census(), "runs/shared_bottom_census", "shared_bottom_table")
+
+
+@register
+def single_task_census() -> Recipe:
+    """Single-task control of mmoe_census: a model per task; needs --data.root."""
+    return _on(mmoe_census(), "runs/single_task_census", "single_task_table")

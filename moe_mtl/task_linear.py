@@ -30,17 +30,16 @@ class TaskLinear(nn.Module):
 
     Args:
         dim: width d of the tokens.
-        out: outputs e.
+        out: outputs e, or a number for each task; results are as wide as the widest map asked for, others give 0 there.
         num_tasks: maps t.
         bias: whether each map adds a bias, zero to begin with.
     """
 
-    def __init__(self, dim: int, out: int, num_tasks: int, *, bias: bool):
+    def __init__(self, dim: int, out: int | Sequence[int], num_tasks: int, *, bias: bool):
         super().__init__()
-        self.weight = nn.ParameterList([uniform_parameter(out, dim, fan_in=dim) for _ in range(num_tasks)])
-        self.bias = (
-            nn.ParameterList([nn.Parameter(torch.zeros(out)) for _ in range(num_tasks)]) if bias else None
-        )
+        outs = [out] * num_tasks if isinstance(out, int) else list(out)
+        self.weight = nn.ParameterList([uniform_parameter(one, dim, fan_in=dim) for one in outs])
+        self.bias = nn.ParameterList([nn.Parameter(torch.zeros(one)) for one in outs]) if bias else None
 
     def forward(self, x: Tensor, task: TaskIds) -> Tensor:
         """Maps each row [m, d] by the matrix of its task, [m, e], in the dtype of `x`."""
@@ -62,8 +61,8 @@ class TaskLinear(nn.Module):
 
     def _stacked(self, ids: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The matrices [t, e, d] and biases [t, e] of these tasks."""
-        weight = torch.stack([self.weight[i] for i in ids]).to(dtype)
-        return weight, None if self.bias is None else torch.stack([self.bias[i] for i in ids]).to(dtype)
+        weight = _stack([self.weight[i] for i in ids]).to(dtype)
+        return weight, None if self.bias is None else _stack([self.bias[i] for i in ids]).to(dtype)
 
     @torch.no_grad()
     def zero_scores(self) -> None:
@@ -75,3 +74,17 @@ class TaskLinear(nn.Module):
         """Drops, in place, every map but these, which take the places 0, 1, ..."""
         self.weight = select(self.weight, tasks)
         self.bias = None if self.bias is None else select(self.bias, tasks)
+
+    def for_tasks(self, tasks: Sequence[int]) -> "TaskLinear":
+        """A copy that holds the maps of these tasks alone, in this order."""
+        small = copy.copy(self)
+        small._modules = dict(self._modules)
+        small.keep_tasks(tasks)
+        return small
+
+
+def _stack(parameters: list[Tensor]) -> Tensor:
+    """Parameters of all tasks as one tensor, padded with zero rows where they are shorter than the longest."""
+    rows = max(len(p) for p in parameters)
+    padded = [p if len(p) == rows else F.pad(p, (*(0, 0) * (p.ndim - 1), 0, rows - len(p))) for p in parameters]
+    return torch.stack(padded)

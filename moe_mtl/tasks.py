@@ -4,6 +4,7 @@ How labels are written, per kind (b batch, c channels, h w pixels), and how a mi
 
     kind            target                      missing                     prediction
     classification  int64 [b]                   ignore_index                logits [b c]
+    binary          float [b] of 0 and 1        NaN                         logits [b]
     multilabel      float [b c] of 0 and 1      NaN                         logits [b c]
     regression      float [b] (or [b c])        NaN                         [b] (or [b c])
     segmentation    int64 [b h w]               ignore_index                logits [b c h w]
@@ -25,11 +26,11 @@ from torch import Tensor, nn
 
 from moe_mtl.losses import LOSSES
 
-Kind = Literal["classification", "multilabel", "regression", "segmentation", "depth", "normals", "binary_map"]
+Kind = Literal["classification", "binary", "multilabel", "regression", "segmentation", "depth", "normals", "binary_map"]
 DENSE_KINDS = frozenset({"segmentation", "depth", "normals", "binary_map"})
 CLASS_KINDS = frozenset({"classification", "segmentation"})  # integer targets, one class each
-RESERVED = frozenset({"image", "text"})  # names of inputs in a sample
-KINDS = DENSE_KINDS | CLASS_KINDS | {"multilabel", "regression"}
+RESERVED = frozenset({"image", "table", "text"})  # names of inputs in a sample
+KINDS = DENSE_KINDS | CLASS_KINDS | {"binary", "multilabel", "regression"}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -51,7 +52,10 @@ class Task:
         loss: a name in `moe_mtl.losses.LOSSES`.
         loss_args: keyword arguments of that loss.
         metrics: names in `moe_mtl.metrics.METRICS` with their keyword arguments; the first is the headline.
-        weight: factor on the loss in the total.
+        weight: factor on the loss in the total; 0 for a task that is only measured.
+        mean: typical label of a regression task, in its unit: what heads start from.
+        std: spread of the labels of a regression task, in their unit. Heads predict, and losses are taken, in
+            multiples of it.
         ignore_index: the integer that marks a missing class label.
         classes: names of the classes, for reports; empty when unnamed.
     """
@@ -63,6 +67,8 @@ class Task:
     loss_args: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     weight: float = 1.0
+    mean: float = 0.0
+    std: float = 1.0
     ignore_index: int = -100
     classes: Sequence[str] = ()
 
@@ -75,6 +81,11 @@ class Task:
             raise ValueError(f"kind: unknown {self.kind!r}; {nearest(self.kind, KINDS)}")
         if self.channels < 1:
             raise ValueError(f"channels: task {self.name!r} needs at least 1 output, got {self.channels}")
+        if not self.std > 0 or (self.kind != "regression" and (self.mean, self.std) != (0, 1)):
+            raise ValueError(
+                f"mean, std: task {self.name!r} has {self.mean} and {self.std}; expected std above 0, and 0 and 1 for "
+                "anything but regression"
+            )
         if self.loss not in LOSSES:
             raise ValueError(f"loss: unknown {self.loss!r} for task {self.name!r}; {nearest(self.loss, LOSSES)}")
         known = [p for p in inspect.signature(LOSSES[self.loss]).parameters if p not in ("prediction", "target")]
@@ -89,6 +100,12 @@ class Task:
     def classification(cls, name: str, num_classes: int, **overrides: Any) -> "Task":
         """One of `num_classes` classes per sample."""
         return cls._of("classification", name, num_classes, "cross_entropy", {"accuracy": {}}, overrides)
+
+    @classmethod
+    def binary(cls, name: str, **overrides: Any) -> "Task":
+        """Yes or no per sample."""
+        metrics = {"auc": {}, "average_precision": {}, "log_loss": {}}
+        return cls._of("binary", name, 1, "bce", metrics, overrides)
 
     @classmethod
     def multilabel(cls, name: str, num_labels: int, **overrides: Any) -> "Task":
@@ -135,6 +152,11 @@ class Task:
         """Whether the task predicts one thing per pixel."""
         return self.kind in DENSE_KINDS
 
+    @property
+    def is_scalar(self) -> bool:
+        """Whether the task predicts one number per sample, so that predictions are [b]."""
+        return self.kind == "binary" or (self.kind == "regression" and self.channels == 1)
+
     def valid(self, target: Tensor) -> Tensor:
         """Where a batched target holds a label: bool, the target's shape (without the channel axis for normals)."""
         if self.kind in CLASS_KINDS:
@@ -179,7 +201,10 @@ class Task:
             target = target.masked_fill(~valid.unsqueeze(1), 0.0)
         else:
             target = target.masked_fill(~valid, 0.0)
-        per_element = LOSSES[self.loss](prediction.float(), target, **self.loss_args)
+        prediction = prediction.float()
+        if self.kind == "regression":
+            prediction, target = prediction / self.std, target / self.std
+        per_element = LOSSES[self.loss](prediction, target, **self.loss_args)
         return (per_element * valid).sum() / valid.sum().clamp(min=1)
 
     def missing(self, like: Tensor) -> Tensor:
@@ -210,7 +235,7 @@ class Task:
         seen = target[~target.isnan()]
         if seen.isinf().any():
             raise ValueError(f"{where}: task {self.name!r} has infinite labels; write a missing one as NaN")
-        if self.kind in ("multilabel", "binary_map") and seen.numel() and (seen.min() < 0 or seen.max() > 1):
+        if self.kind in ("binary", "multilabel", "binary_map") and seen.numel() and (seen.min() < 0 or seen.max() > 1):
             raise ValueError(
                 f"{where}: task {self.name!r} has labels {float(seen.min()):g} to {float(seen.max()):g}, "
                 "expected 0 to 1 or NaN for a missing label"

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Sampler, Subset
 
 from moe_mtl import checkpoint as checkpoints
@@ -41,7 +42,7 @@ from moe_mtl.scoring import TaskMetrics
 from moe_mtl.tasks import Task
 from moe_mtl.trainer_config import FREE_TO_CHANGE, TrainerConfig, lr_factor
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 Scalars = dict[str, float]
 
 
@@ -108,8 +109,9 @@ class Trainer:
     """Trains one model on one data set.
 
     Args:
-        model: predicts `model.tasks`; called as `model(images, tasks=names, return_routing=True)`.
-        data: has `tasks()`, and `split("train")` and `split("val")`, map-style data sets of samples; see
+        model: predicts `model.tasks`; called as `model(x, tasks=names, return_routing=True)`, where x is the entry of the
+            batch that `model.input` names, "image" where it names none.
+        data: has `task_list()`, and `split("train")` and `split("val")`, map-style data sets of samples; see
             `moe_mtl.data`.
         config: how.
         run: JSON-ready description of model and data, to refuse going on with different ones; `train.py` gives the
@@ -122,10 +124,11 @@ class Trainer:
     def __init__(self, model: nn.Module, data: Any, config: TrainerConfig, run: Mapping[str, Any] | None = None):
         self.config, self.data, self.model = config, data, model
         self.tasks: tuple[Task, ...] = tuple(model.tasks)  # type: ignore[arg-type]
+        self.input: str = getattr(model, "input", "image")
         names = [task.name for task in self.tasks]
         if config.tasks_per_step is not None and config.tasks_per_step > len(names):
             raise ValueError(f"tasks_per_step: got {config.tasks_per_step}, the model has {len(names)} tasks: {names}")
-        if lacking := sorted(set(names) - {task.name for task in data.tasks()}):
+        if lacking := sorted(set(names) - {task.name for task in data.task_list()}):
             raise ValueError(f"data: has no task {', '.join(lacking)}, which the model predicts")
         regularizers.check(config.regularizers, config.regularizer_args)
         TaskMetrics(self.tasks)  # refuses a metric that does not fit its task now, not at the first evaluation
@@ -232,11 +235,16 @@ class Trainer:
         self.parallel.train()
         self.optimizer.zero_grad(set_to_none=True)
         losses: Scalars = dict.fromkeys((task.name for task in tasks), 0.0)
-        for rows in torch.arange(len(batch["image"])).tensor_split(min(config.accumulate, len(batch["image"]))):
-            part = {key: batch[key][rows].to(self.device) for key in ("image", *losses)}
-            share = len(rows) / len(batch["image"])
+        samples = len(tree_leaves(batch[self.input])[0])
+        for rows in torch.arange(samples).tensor_split(min(config.accumulate, samples)):
+            whole = len(rows) == samples
+            part = {
+                key: tree_map(lambda t: (t if whole else t[rows]).to(self.device), batch[key])  # noqa: B023
+                for key in (self.input, *losses)
+            }
+            share = len(rows) / samples
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                predictions, routings = self.parallel(part["image"], tasks=list(losses), return_routing=True)
+                predictions, routings = self.parallel(part[self.input], tasks=list(losses), return_routing=True)
             # a part's mean counts by its share of the batch's labels; dividing by its share of the samples, which the
             # total is multiplied with, keeps terms of the balancer that are not per label whole
             pieces = {}
@@ -281,7 +289,8 @@ class Trainer:
         self.parallel.eval()
         for batch in self._loader(dataset, batch_size=self.config.batch_size):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                predictions, routings = self.parallel(batch["image"].to(self.device), return_routing=True)
+                x = tree_map(lambda t: t.to(self.device), batch[self.input])
+                predictions, routings = self.parallel(x, return_routing=True)
             metrics.update({name: p.float().cpu() for name, p in predictions.items()}, batch)
             usage.update(routings)
         checkpoints.set_random_state(before)
@@ -292,7 +301,7 @@ class Trainer:
     def _loader(self, dataset: Any, **how: Any) -> DataLoader:
         # its own generator: else making an iterator would draw from the global one
         own = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-        together = partial(collate, tasks=self.tasks)
+        together = partial(collate, tasks=self.tasks, inputs=(self.input,))
         return DataLoader(dataset, num_workers=self.config.num_workers, generator=own, collate_fn=together, **how)
 
     def _note(self, values: Mapping[str, float]) -> None:

@@ -52,7 +52,7 @@ def known(monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     torch.manual_seed(0)
-    path = save(create_model("m3vit_micro", tasks=DATA.tasks(), **ARGS), tmp_path_factory.mktemp("model"))
+    path = save(create_model("m3vit_micro", tasks=DATA.task_list(), **ARGS), tmp_path_factory.mktemp("model"))
     (path / "run.json").write_text(json.dumps({"recipe": "tiny", **tiny().to_dict()}))
     return path
 
@@ -72,9 +72,9 @@ def run(script, folder, *options):
 
 
 def test_scores_are_those_of_one_pass_over_everything(whole, folder):
-    metrics = TaskMetrics(DATA.tasks())
+    metrics = TaskMetrics(DATA.task_list())
     samples = DATA.split("test")
-    batch = collate([samples[i] for i in range(6)], DATA.tasks())
+    batch = collate([samples[i] for i in range(6)], DATA.task_list())
     with torch.no_grad():
         metrics.update(load(folder)(batch["image"]), batch)
     expected = metrics.compute()
@@ -82,7 +82,7 @@ def test_scores_are_those_of_one_pass_over_everything(whole, folder):
         for metric, value in values.items():
             other = expected[task][metric]
             assert (value is None and math.isnan(other)) or value == pytest.approx(other, rel=1e-4), (task, metric)
-    assert list(whole[0]["metrics"]) == [task.name for task in DATA.tasks()]
+    assert list(whole[0]["metrics"]) == [task.name for task in DATA.task_list()]
 
 
 def test_the_json_says_what_was_measured(whole):
@@ -95,7 +95,7 @@ def test_the_json_says_what_was_measured(whole):
     assert results["versions"]["torch"] == torch.__version__
     assert results["metric_info"]["depth"]["rmse"] == {"unit": "m", "higher_is_better": False}
     assert results["metric_info"]["semseg"]["miou"] == {"unit": "share", "higher_is_better": True}
-    assert [Task.from_dict(task) for task in results["tasks"]] == list(DATA.tasks())
+    assert [Task.from_dict(task) for task in results["tasks"]] == list(DATA.task_list())
     trainer = results["recipe"]["trainer"]
     assert f"{trainer['steps']} steps of {trainer['batch_size']} samples" in results["training"]
 
@@ -268,7 +268,7 @@ def test_a_pretrained_model_by_name(script, folder, tmp_path, monkeypatch):
 
 def test_a_dense_model_has_neither_experts_nor_a_dense_sibling(script, tmp_path):
     args = {name: value for name, value in ARGS.items() if name not in ("experts", "k")}
-    save(create_model("shared_bottom_micro", tasks=DATA.tasks(), **args), tmp_path)
+    save(create_model("shared_bottom_micro", tasks=DATA.task_list(), **args), tmp_path)
     options = ["--recipe=tiny", "--limit=2", "--rounds=1", "--tasks=scene", f"--report={tmp_path / 'r.html'}"]
     results = script.main([str(tmp_path), *options])
     assert results["usage"] == results["routing"] == {} and results["dense"] is None
@@ -331,10 +331,10 @@ def test_a_baseline_of_other_samples_is_refused(whole):
     for key, value in (("samples", 7), ("split", "val"), ("name", "NYUv2")):
         other = {"label": "old", "data": {**data, key: value}, "metrics": metrics}
         with pytest.raises(ValueError, match=f"baseline: old was scored on .*{value}.*, this model on"):
-            compare(whole[0], [other], DATA.tasks())
+            compare(whole[0], [other], DATA.task_list())
     other = {"label": "old", "data": {**data, "spec": {**data["spec"], "seed": 5}}, "metrics": metrics}
     with pytest.raises(ValueError, match=r"old was scored on other data \(seed 5 against 0\)"):
-        compare(whole[0], [other], DATA.tasks())
+        compare(whole[0], [other], DATA.task_list())
 
 
 def test_a_failed_page_leaves_the_old_one(tmp_path, whole, monkeypatch):
@@ -347,7 +347,7 @@ def test_a_failed_page_leaves_the_old_one(tmp_path, whole, monkeypatch):
 
 
 def test_the_page_escapes_names(tmp_path, whole):
-    labelled = [task for task in DATA.tasks() if None not in whole[0]["metrics"][task.name].values()]
+    labelled = [task for task in DATA.task_list() if None not in whole[0]["metrics"][task.name].values()]
     (other,) = compare(whole[0], [{**whole[0], "label": "<i>&", "parameters": 1}], labelled)
     results = {**whole[0], "label": "<b>&", "baselines": [other], "versions": {"device": "<u>&"}}
     page = write_report(tmp_path / "r.html", results, Pictures()).read_text()

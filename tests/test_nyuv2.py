@@ -101,14 +101,14 @@ def test_class_mapping(root, num_classes):
     assert semseg.dtype == torch.int64 and semseg.shape == (96, 128)
     codes = source(128, 12, 616) // 16
     assert set(codes) == set(range(40))
-    names = config.tasks()[0].classes
+    names = config.task_list()[0].classes
     named = {code: {names[c] for c in semseg[:, codes == code].unique().tolist() if c >= 0} for code in range(40)}
     if num_classes == 39:
         assert all(named[code] == {CLASSES_39[code]} for code in range(39))
     else:  # picked by hand: wall, floor, bed, door, blinds, pillow, floor mat, television, lamp, otherfurniture
         hand = {0: "wall", 1: "floor", 3: "bed", 7: "wall", 12: "window", 17: "objects", 19: "floor", 24: "tv"}
         assert all(named[code] == {name} for code, name in (hand | {34: "objects", 38: "furniture"}).items())
-    assert (semseg[:, codes == 39] == config.tasks()[0].ignore_index).all()  # and nothing else is ignored:
+    assert (semseg[:, codes == 39] == config.task_list()[0].ignore_index).all()  # and nothing else is ignored:
     assert (semseg[:, codes != 39] >= 0).all()
 
 
@@ -131,7 +131,7 @@ def test_missing_depth_is_nan_and_has_no_normal(root):
 def test_samples_fit_the_tasks(root):
     config = NYUv2(root=root)
     sample = config.split("train")[2]
-    for task in config.tasks():
+    for task in config.task_list():
         target = sample[task.name].unsqueeze(0)
         task.check_target(target)
         shape = [1, task.channels, 96, 128] if task.kind != "depth" else [1, 96, 128]

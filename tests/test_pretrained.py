@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ProcRoom(size=16, num_test=3)
 DENSE = {"image_size": 16, "patch_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "head_width": 4}
 ARGS = {**DENSE, "experts": 3, "k": 2}
-TASKS = DATA.tasks()
+TASKS = DATA.task_list()
 X = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 

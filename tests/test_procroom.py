@@ -318,12 +318,12 @@ def test_split_is_a_dataset_of_samples_that_fit_the_tasks():
     one, several = data[7], data[[9, 7]]
     samples = data.__getitems__([9, 7])
     reference = room.render([7])
-    names = {task.name for task in room.tasks()}
+    names = {task.name for task in room.task_list()}
     assert set(one) == {"image"} | names
     for key, value in reference.items():
         assert one[key].numpy().tobytes() == value[0].tobytes() == several[key][1].numpy().tobytes()
         assert torch.equal(samples[1][key], one[key])
-    batch = collate(samples, room.tasks())
+    batch = collate(samples, room.task_list())
     assert set(batch) == {"image"} | names
     assert batch["image"].shape == (2, 3, 16, 16)
     assert batch["normals"].shape == (2, 3, 16, 16)
@@ -336,7 +336,7 @@ def test_split_is_a_dataset_of_samples_that_fit_the_tasks():
 def test_workers_and_pickling_change_nothing():
     room = ProcRoom(size=16, num_train=12)
     data = pickle.loads(pickle.dumps(room.split("train")))
-    fold = partial(collate, tasks=room.tasks())
+    fold = partial(collate, tasks=room.task_list())
     with_workers = [
         batch["image"] for batch in DataLoader(data, batch_size=5, collate_fn=fold, num_workers=1, timeout=60)
     ]
@@ -351,7 +351,7 @@ def test_every_class_count_and_task_label_occurs_in_range():
     assert len(pixels) == 13
     assert (np.bincount(out["count"], minlength=7) >= 3).all()
     assert 0.02 < out["saliency"].mean() < 0.2
-    for task in room.tasks():
+    for task in room.task_list():
         task.check_target(torch.from_numpy(out[task.name]))
     assert (out["depth"] > 0.3).all()
     assert (out["depth"] < 12).all()
@@ -438,7 +438,7 @@ def test_label_drop_takes_labels_at_its_rate_and_leaves_pictures():
     assert all(label is None for label in rows["count"])
     assert all(label is not None for label in rows["semseg"])
     assert (some.split("train")[3]["depth"] is None) == gone[3], "the same image alone lacks the same labels"
-    batch = collate(some.split("train").__getitems__(list(range(10))), some.tasks())
+    batch = collate(some.split("train").__getitems__(list(range(10))), some.task_list())
     assert "count" not in batch
     assert batch["depth"].isnan().all(dim=(1, 2)).tolist() == gone[:10]
     both = ProcRoom(size=8, num_train=400, label_drop=0.5).split("train")[list(range(400))]

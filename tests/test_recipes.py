@@ -42,8 +42,8 @@ def train():
 def test_a_recipe_is_complete(name):
     recipe = get_recipe(name)
     # what is validated on construction is valid, and the model exists and predicts the tasks of the data
-    model = moe_mtl.create_model(recipe.model.name, tasks=recipe.data.tasks(), **recipe.model.args)
-    assert [task.name for task in model.tasks] == [task.name for task in recipe.data.tasks()]
+    model = moe_mtl.create_model(recipe.model.name, tasks=recipe.data.task_list(), **recipe.model.args)
+    assert [task.name for task in model.tasks] == [task.name for task in recipe.data.task_list()]
     assert isinstance(recipe.trainer, TrainerConfig) and recipe.trainer.out.startswith("runs/")
     assert json.loads(json.dumps(recipe.to_dict()))["model"]["name"] == recipe.model.name
     assert isinstance(recipe.data, ProcRoom if "procroom" in name else NYUv2)
@@ -68,7 +68,7 @@ def test_the_wide_control_has_as_many_parameters_as_the_routed_model():
     sizes = []
     for name in ("m3vit_micro_procroom", "shared_bottom_micro_wide_procroom"):
         recipe = get_recipe(name)
-        model = moe_mtl.create_model(recipe.model.name, tasks=recipe.data.tasks(), **recipe.model.args)
+        model = moe_mtl.create_model(recipe.model.name, tasks=recipe.data.task_list(), **recipe.model.args)
         sizes.append(sum(parameter.numel() for parameter in model.parameters()))
     assert abs(sizes[1] / sizes[0] - 1) < 0.03  # the next width, 4 more, adds 5 %
 
@@ -149,7 +149,7 @@ def test_a_run_from_the_command_line_and_again_from_its_own_file(train, tmp_path
     assert train.main(["procroom_demo", *options]) == 0, capsys.readouterr().err
     assert "python eval.py run" in capsys.readouterr().out
     model = moe_mtl.load("run")
-    assert [task.name for task in model.tasks] == [task.name for task in ProcRoom().tasks()]
+    assert [task.name for task in model.tasks] == [task.name for task in ProcRoom().task_list()]
     with torch.no_grad():
         assert model(torch.rand(1, 3, 16, 16))["depth"].shape == (1, 16, 16)
     # the file it left behind repeats the run

@@ -75,7 +75,7 @@ class ToyData:
     def __init__(self, train=None, val=None):
         self.train, self.val = train or ToySet(20), val or ToySet(9, augment=False)
 
-    def tasks(self):
+    def task_list(self):
         return TASKS
 
     def split(self, name):

@@ -1,32 +1,49 @@
 """Data sets by name, one per file, and `collate`, which makes batches of their samples.
 
-A data set is a frozen dataclass of typed options with two methods: `tasks()`, the tasks it has labels for, and
-`split(name)`, a `datasets.Dataset` whose samples are dicts of inputs and labels. Samples of your own need no class
-here: any `datasets.Dataset`, torch `Dataset` or list of such dicts goes through `collate` the same way.
+A data set is a frozen dataclass of typed options with two methods: `task_list()`, the tasks it has labels for, and
+`split(name)`, a data set of samples, dicts of inputs and labels. One whose inputs are columns of a table says with
+`model_args()` what a model must know of them. Samples of your own need no class here: any `datasets.Dataset`, torch
+`Dataset` or list of such dicts goes through `collate` the same way.
 
 A data set's file is imported when its name is first asked for: importing this room does not import `datasets`.
 """
 
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moe_mtl.data.collate import collate, to_image
 
 if TYPE_CHECKING:
+    from moe_mtl.data.census_income import CensusIncome
     from moe_mtl.data.nyuv2 import NYUv2
     from moe_mtl.data.procroom import ProcRoom
+    from moe_mtl.data.table import Table
 
-    DATASETS: dict[str, type[ProcRoom] | type[NYUv2]]
+# file -> class; its name in DATASETS is that of the file
+_CLASSES = {"census_income": "CensusIncome", "nyuv2": "NYUv2", "procroom": "ProcRoom", "table": "Table"}
 
-__all__ = ["DATASETS", "NYUv2", "ProcRoom", "collate", "to_image"]
+__all__ = ["DATASETS", "CensusIncome", "NYUv2", "ProcRoom", "Table", "collate", "to_image"]
+
+
+class _DataSets(Mapping[str, type]):
+    """Classes of data sets by name, each imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> type:
+        return getattr(import_module(f"moe_mtl.data.{name}"), _CLASSES[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(_CLASSES))
+
+    def __len__(self) -> int:
+        return len(_CLASSES)
+
+
+DATASETS: Mapping[str, type] = _DataSets()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("DATASETS", "NYUv2", "ProcRoom"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "ProcRoom":
-        from moe_mtl.data.procroom import ProcRoom
-
-        return ProcRoom
-    from moe_mtl.data.nyuv2 import NYUv2
-
-    return NYUv2 if name == "NYUv2" else {"procroom": __getattr__("ProcRoom"), "nyuv2": NYUv2}
+    for file, found in _CLASSES.items():
+        if name == found:
+            return DATASETS[file]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,7 @@ from moe_mtl.tasks import CLASS_KINDS, Task, nearest
 # Axes of one sample's label, by kind (the table in moe_mtl/tasks.py without b).
 LABEL_AXES = {
     "classification": ("",),
+    "binary": ("",),
     "multilabel": ("c",),
     "regression": ("", "c"),
     "segmentation": ("h w",),
@@ -23,15 +24,20 @@ LABEL_AXES = {
 
 
 def collate(
-    samples: Sequence[Mapping[str, Any]], tasks: Sequence[Task], *, inputs: Sequence[str] = ("image",)
-) -> dict[str, Tensor]:
+    samples: Sequence[Mapping[str, Any]] | Mapping[str, Any],
+    tasks: Sequence[Task],
+    *,
+    inputs: Sequence[str] = ("image",),
+) -> dict[str, Any]:
     """One batch of samples, for `DataLoader(..., collate_fn=functools.partial(collate, tasks=tasks))`.
 
     Args:
         samples: dicts with the inputs under their names and a label under each task's name. Labels may be tensors,
-            arrays, numbers or nested lists; a label that is None or has no key is missing.
+            arrays, numbers or nested lists; a label that is None or has no key is missing. Or one dict, a batch that
+            its data set has stacked already: only labels are checked.
         tasks: what to collect; other entries of the samples are left out.
-        inputs: keys of the pictures, each a tensor, array or PIL image as `to_image` takes it.
+        inputs: keys of the pictures, each a tensor, array or PIL image as `to_image` takes it; or "table", a dict of
+            tensors per sample.
 
     Returns:
         Each input float32 [b c h w]. Each task some sample has a label for, [b, ...] as the table in
@@ -41,12 +47,17 @@ def collate(
         ValueError: no samples; an input is missing, not a picture or not of the others' size; a label has the wrong
             shape, dtype or range. The message names the sample and the key.
     """
+    if isinstance(samples, Mapping):
+        for task in tasks:
+            if samples.get(task.name) is not None:
+                task.check_target(samples[task.name], where="samples")
+        return dict(samples)
     if not samples:
         raise ValueError("samples: got none; a batch needs at least one")
     for i, sample in enumerate(samples):
         if not isinstance(sample, Mapping):
             raise ValueError(f"samples[{i}]: got {type(sample).__name__}, expected a dict of inputs and labels")
-    batch = {}
+    batch: dict[str, Any] = {}
     for name in inputs:
         for i, sample in enumerate(samples):
             if sample.get(name) is None:
@@ -54,6 +65,9 @@ def collate(
                     f"samples[{i}]: no input {name!r}; {nearest(name, map(str, sample))}; "
                     "pass inputs=(...) if the pictures have another name"
                 )
+        if name == "table":
+            batch[name] = {k: torch.stack([sample[name][k] for sample in samples]) for k in samples[0][name]}
+            continue
         images = [to_image(sample[name], f"samples[{i}][{name!r}]") for i, sample in enumerate(samples)]
         batch[name] = _stack(images, f"input {name!r}", "resize or crop them to one size in the data set")
     for task in tasks:

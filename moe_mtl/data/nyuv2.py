@@ -126,7 +126,7 @@ class NYUv2:
         if not 0 <= self.jitter <= 1:
             raise ValueError(f"jitter: got {self.jitter}, expected 0 (off) to 1")
 
-    def tasks(self) -> tuple[Task, ...]:
+    def task_list(self) -> tuple[Task, ...]:
         """Semantic segmentation "semseg", "depth" and "normals"."""
         classes = CLASSES_13 if self.num_classes == 13 else CLASSES_39
         return Task.segmentation("semseg", self.num_classes, classes=classes), Task.depth(), Task.normals()

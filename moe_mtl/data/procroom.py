@@ -47,7 +47,7 @@ CHUNK = 32  # images rendered at once: the arrays stay in the cache
 
 @dataclass(frozen=True, kw_only=True)
 class ProcRoom:
-    """The configuration of the data set; `tasks()` and `split(name)` are what a training run needs.
+    """The configuration of the data set; `task_list()` and `split(name)` are what a training run needs.
 
     The dials act on what they name and nothing else: the same seed gives the same rooms at every `rho`, `kappa`,
     `noise`, `decoy` or `label_drop`.
@@ -109,7 +109,7 @@ class ProcRoom:
             if not 0 <= value <= 1:
                 raise ValueError(f"label_drop: got {value} for task {name!r}, expected 0 to 1")
 
-    def tasks(self) -> tuple[Task, ...]:
+    def task_list(self) -> tuple[Task, ...]:
         """The eight tasks of version 1."""
         return (
             Task.segmentation("semseg", len(CLASSES), classes=CLASSES),
@@ -194,8 +194,8 @@ class ProcRoom:
         return batch
 
     def _drops(self) -> dict[str, float]:
-        """The probability of a missing label for every task, in the order of `tasks()`."""
-        names = [task.name for task in self.tasks()]
+        """The probability of a missing label for every task, in the order of `task_list()`."""
+        names = [task.name for task in self.task_list()]
         if not isinstance(self.label_drop, Mapping):
             return dict.fromkeys(names, float(self.label_drop))
         for name in self.label_drop:

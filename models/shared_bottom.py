@@ -1,0 +1,81 @@
+"""Shared-bottom and single-task MLPs: the dense controls of the models for tables.
+
+Paper: Caruana 1997, Multitask Learning, https://doi.org/10.1023/A:1007379606734 (hard parameter sharing).
+Differs: none known; sizes and encodings are those of the models they are compared with.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from moe_mtl.expert_stack import ExpertStack
+from moe_mtl.multitask import SingleTaskSet
+from moe_mtl.registry import configure, register_model
+from moe_mtl.routing import Routing
+from moe_mtl.tasks import Task
+from moe_mtl.towers import Towers
+from moe_mtl.vector import VectorConfig, VectorModel, table_encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class BottomConfig(VectorConfig):
+    """A dense model.
+
+    Attributes:
+        widths: of the bottom's layers.
+        activation: of the bottom.
+        norm: of the bottom, "none", "batch" or "layer".
+    """
+
+    widths: Sequence[int] = (256,)
+    activation: str = "relu"
+    norm: str = "none"
+
+
+class Bottom(nn.Module):
+    """One MLP whose output every task reads; a trunk without gates.
+
+    Args:
+        mlp: the MLP, as a stack of one.
+    """
+
+    def __init__(self, mlp: ExpertStack):
+        super().__init__()
+        self.mlp = mlp
+        self.moe_layers: dict[str, Any] = {}
+
+    def forward(self, x: Tensor, tasks: Sequence[int]) -> tuple[Tensor, dict[str, Routing]]:
+        """The same vectors [b, h] for every task, [t, b, h], and no routing."""
+        return self.mlp(x).transpose(0, 1).expand(len(tasks), -1, -1), {}
+
+    def for_tasks(self, tasks: Sequence[int]) -> Self:
+        """A copy: nothing here belongs to a task."""
+        return copy.deepcopy(self)
+
+
+def build(tasks: Sequence[Task], config: BottomConfig, encoder: nn.Module) -> VectorModel:
+    """The shared-bottom model a config describes on top of an encoder, with fresh weights."""
+    how = {"activation": config.activation, "norm": config.norm, "dropout": config.dropout}
+    bottom = ExpertStack(1, encoder.dim, config.widths, **how)  # type: ignore[arg-type]
+    return VectorModel(tasks, encoder, Bottom(bottom), Towers(tasks, bottom.out_dim, config.tower, config.dropout))
+
+
+@register_model
+def shared_bottom_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
+    """One MLP of 256 units for all tasks of a table, a tower per task."""
+    config = configure(BottomConfig, {}, overrides)
+    model: Any = build(tasks, config, table_encoder(config))
+    model.options = asdict(config)
+    return model
+
+
+@register_model
+def single_task_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
+    """One MLP of 256 units per task of a table."""
+    config = configure(BottomConfig, {}, overrides)
+    model: Any = SingleTaskSet({task.name: build((task,), config, table_encoder(config)) for task in tasks})
+    model.options = asdict(config)
+    return model

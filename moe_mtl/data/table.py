@@ -1,0 +1,174 @@
+"""Any CSV or Parquet file with one or more label columns.
+
+    python train.py mmoe_table --data.root=table.csv --data.tasks=income,hours
+    python train.py mmoe_table --data.root=table.parquet --data.tasks=income:binary,hours:regression
+
+Kinds are read off the values where they are not said: numbers are numeric columns and everything else categorical ones;
+a label with two values is a binary task, numbers with a fraction or many values are a regression, the rest classes.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_mtl.data._frames import SPLITS, Source, TableData, random_parts, read_numbers
+from moe_mtl.tasks import Task, nearest
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
+
+MOST_CLASSES = 20  # whole numbers with more values are taken for a regression
+LABEL_KINDS = ("binary", "classification", "regression")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table(TableData):
+    """A table in a file.
+
+    A row may lack any label: an empty field. Empty fields of input columns are values of their own: the mean and a mark
+    in numeric columns, the id of unseen categories in categorical ones. Constant columns are left out, with a warning.
+
+    Attributes:
+        root: the file: CSV or TSV (also compressed) or Parquet.
+        tasks: the label columns, separated by commas, each with its kind after a colon where the guess is wrong: binary,
+            classification or regression.
+        kinds: kinds of input columns where the guess is wrong: numeric, categorical or multihot (members between `|`).
+        drop: input columns to leave out, such as row numbers.
+        split_by: a column that says "train", "val" or "test" per row; None to draw the splits.
+        group: a column whose rows of one value stay in one split, as those of a user; it is not an input.
+        val: share of the rows, or groups, drawn for validation.
+        test: share of the rows, or groups, drawn for testing.
+        seed: of the draw.
+    """
+
+    root: str | None = None
+    tasks: str = ""
+    kinds: dict[str, str] = field(default_factory=dict)
+    drop: list[str] = field(default_factory=list)
+    split_by: str | None = None
+    group: str | None = None
+    val: float = 0.1
+    test: float = 0.1
+    seed: int = 0
+
+    def source(self) -> Source:
+        """Reads the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: no label column is named, a column is missing, or labels do not fit their kind.
+        """
+        frame = read_frame(self.root)
+        wanted = [entry.strip().partition(":") for entry in self.tasks.split(",") if entry.strip()]
+        if not wanted:
+            raise ValueError(f"tasks: name the label columns, as --data.tasks=a,b; columns: {', '.join(frame.columns)}")
+        named = [name for name, _, _ in wanted] + list(self.drop) + [c for c in (self.split_by, self.group) if c]
+        for name in named:
+            if name not in frame:
+                raise ValueError(
+                    f"columns: {self.root} ({len(frame)} rows) has no column {name!r}; {nearest(name, frame.columns)}"
+                )
+        if self.split_by:
+            part = frame[self.split_by].astype(str).to_numpy().astype("<U5")
+            wrong = ~np.isin(part, SPLITS)
+            if wrong.any():
+                raise ValueError(
+                    f"split_by: {self.split_by!r} is {frame[self.split_by][wrong].iloc[0]!r} in one of {int(wrong.sum())} "
+                    f"rows of {len(frame)}; expected {', '.join(SPLITS)}"
+                )
+        else:
+            groups = None if self.group is None else frame[self.group].astype(str).to_numpy()
+            part = random_parts(len(frame), self.val, self.test, self.seed, groups)
+        read = {name: read_label(frame[name], kind or None, part == "train") for name, _, kind in wanted}
+        return Source(
+            features=frame.drop(columns=list(dict.fromkeys(named))),
+            labels={name: values for name, (_, values) in read.items()},
+            part=part,
+            tasks=tuple(task for task, _ in read.values()),
+            kinds=self.kinds,
+        )
+
+
+def read_frame(root: str | None) -> "DataFrame":
+    """A CSV, TSV or Parquet file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no file is named, its name ends otherwise, or it holds no rows.
+    """
+    import pandas
+
+    if root is None:
+        raise ValueError("root: name the table, as --data.root=table.csv")
+    path = Path(root)
+    if not path.is_file():
+        raise FileNotFoundError(f"root: {path} is not a file; expected a CSV, TSV or Parquet table")
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        frame = pandas.read_parquet(path)
+    elif ".csv" in name or ".tsv" in name:
+        frame = pandas.read_csv(path, sep="\t" if ".tsv" in name else ",")
+    else:
+        raise ValueError(f"root: {path} is neither .csv, .tsv nor .parquet")
+    if not len(frame):
+        raise ValueError(f"root: {path} holds no rows")
+    frame.columns = [str(column) for column in frame.columns]
+    return frame
+
+
+def read_label(values: "Series", kind: str | None, train: NDArray) -> tuple[Task, NDArray]:
+    """A label column's task and its labels.
+
+    The values of a binary or classification label are taken in ascending order, numbers by size: the smaller of two is
+    "no". Classes and the scale of a regression are those of the training rows.
+
+    Args:
+        values: the column.
+        kind: binary, classification or regression; None to read it off the values.
+        train: bool [n], the training rows.
+
+    Raises:
+        ValueError: the kind is unknown or does not fit; a value that no training row has.
+    """
+    from pandas.api.types import is_bool_dtype, is_float_dtype, is_numeric_dtype
+
+    name, seen = str(values.name), values[train].dropna()
+    if kind is not None and kind not in LABEL_KINDS:
+        raise ValueError(f"tasks: {name!r} has the unknown kind {kind!r}; {nearest(kind, LABEL_KINDS)}")
+    if not len(seen):
+        raise ValueError(f"tasks: {name!r} has no label in {int(train.sum())} training rows; leave it out of the tasks")
+    number = is_numeric_dtype(values) and not is_bool_dtype(values)
+    distinct = sorted(seen.unique())
+    if kind is None:
+        whole = not is_float_dtype(seen) or bool((seen % 1 == 0).all())
+        many = number and (not whole or len(distinct) > MOST_CLASSES)
+        kind = "regression" if many else "binary" if len(distinct) <= 2 else "classification"
+    if kind == "regression":
+        numbers = read_numbers(values)
+        own = numbers[train & ~np.isnan(numbers)]
+        return Task.regression(name, mean=float(own.mean()), std=float(own.std()) or 1.0), numbers
+    if kind == "binary" and len(distinct) > 2:
+        raise ValueError(
+            f"tasks: {name!r} has {len(distinct)} values ({', '.join(map(str, distinct[:5]))}, ...) in {len(seen)} "
+            "labelled training rows; a binary label has two; give it the kind classification or regression"
+        )
+    place = {value: i for i, value in enumerate(distinct)}
+    found = values.map(place)
+    strange = found.isna() & values.notna()
+    if strange.any():
+        raise ValueError(
+            f"tasks: {name!r} is {values[strange].iloc[0]!r} in one of {int(strange.sum())} rows of {len(values)}, which "
+            "no training row has; drop these rows, empty the field, or draw the splits with another seed"
+        )
+    if kind == "binary":
+        if len(distinct) < 2:
+            raise ValueError(
+                f"tasks: {name!r} is {distinct[0]!r} in all {len(seen)} labelled training rows: there is nothing to "
+                "learn; leave it out of the tasks"
+            )
+        return Task.binary(name), found.to_numpy(dtype=np.float64, na_value=np.nan)
+    task = Task.classification(name, len(distinct), classes=tuple(map(str, distinct)))
+    return task, found.fillna(task.ignore_index).to_numpy(dtype=np.int64)
