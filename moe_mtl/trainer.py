@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Sampler, Subset
 
@@ -36,11 +36,13 @@ from moe_mtl import hub, regularizers
 from moe_mtl.balancing import create_balancer
 from moe_mtl.data import collate
 from moe_mtl.diagnostics import BRIEF, ExpertUsage, diagnose
+from moe_mtl.gates import Gate
 from moe_mtl.multitask import SingleTaskSet
 from moe_mtl.run_log import RunLog
 from moe_mtl.scoring import TaskMetrics
 from moe_mtl.tasks import Task
 from moe_mtl.trainer_config import FREE_TO_CHANGE, TrainerConfig, lr_factor
+from moe_mtl.two_step import two_step_losses
 
 Batch = dict[str, Any]
 Scalars = dict[str, float]
@@ -109,8 +111,9 @@ class Trainer:
     """Trains one model on one data set.
 
     Args:
-        model: predicts `model.tasks`; called as `model(x, tasks=names, return_routing=True)`, where x is the entry of the
-            batch that `model.input` names, "image" where it names none.
+        model: predicts `model.tasks`; called as `model(x, tasks=names, return_routing=True)`, where x is the entry of
+            the batch that `model.input` names, "image" where it names none. A model with a method
+            `auxiliary_losses(predictions)` has these, {name: scalar}, added to its loss.
         data: has `task_list()`, and `split("train")` and `split("val")`, map-style data sets of samples; see
             `moe_mtl.data`.
         config: how.
@@ -233,6 +236,9 @@ class Trainer:
             return {}
 
         self.parallel.train()
+        for module in self.model.modules():
+            if isinstance(module, Gate):
+                module.anneal(self.step / config.steps)
         self.optimizer.zero_grad(set_to_none=True)
         losses: Scalars = dict.fromkeys((task.name for task in tasks), 0.0)
         samples = len(tree_leaves(batch[self.input])[0])
@@ -243,15 +249,13 @@ class Trainer:
                 for key in (self.input, *losses)
             }
             share = len(rows) / samples
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                predictions, routings = self.parallel(part[self.input], tasks=list(losses), return_routing=True)
+            found, routings, auxiliary = self._losses(part, tasks)
             # a part's mean counts by its share of the batch's labels; dividing by its share of the samples, which the
             # total is multiplied with, keeps terms of the balancer that are not per label whole
             pieces = {}
             for task in tasks:
                 labels = int(task.valid(batch[task.name][rows]).sum())
-                loss = task.compute_loss(predictions[task.name], part[task.name])
-                pieces[task.name] = loss * (labels / counts[task.name])
+                pieces[task.name] = found[task.name] * (labels / counts[task.name])
             values = torch.stack([piece.detach().float() for piece in pieces.values()]).tolist()
             for task, value in zip(tasks, values, strict=True):
                 if not math.isfinite(value):
@@ -259,8 +263,10 @@ class Trainer:
                 losses[task.name] += value
             total = self.balancer({name: piece / share for name, piece in pieces.items()}) * share
             extra, extras = regularizers.total(routings, config.regularizers, config.regularizer_args)
+            extras |= {name: value.detach() for name, value in auxiliary.items()}
             self._note({f"regularizer/{name}": float(value) for name, value in extras.items()})
-            self.accelerator.backward(total + share * extra.to(total.device))
+            extra = extra.to(total.device) + sum(auxiliary.values())
+            self.accelerator.backward(total + share * extra)
 
         clip = config.grad_clip or math.inf
         alone = self.model.models.values() if isinstance(self.model, SingleTaskSet) else [self.model]
@@ -272,6 +278,20 @@ class Trainer:
         self.optimizer.step()
         self._note({f"loss/{name}": value for name, value in losses.items()} | {"grad_norm": norm})
         return losses
+
+    def _losses(self, part: Batch, tasks: list[Task]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+        """The loss of every task on some samples, what was routed, and the model's own auxiliary losses."""
+        config = self.config
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            if config.inner_lr > 0:
+                how = {"inner_lr": config.inner_lr, "share": config.inner_share, "second_order": config.second_order}
+                return *two_step_losses(self.parallel, part[self.input], part, tasks, **how), {}
+            predictions, routings = self.parallel(
+                part[self.input], tasks=[task.name for task in tasks], return_routing=True
+            )
+        losses = {task.name: task.compute_loss(predictions[task.name], part[task.name]) for task in tasks}
+        own = getattr(self.model, "auxiliary_losses", None)
+        return losses, routings, {} if own is None else own(predictions)
 
     @torch.no_grad()
     def evaluate(self, dataset: Any) -> dict[str, Any]:

@@ -26,6 +26,10 @@ class TrainerConfig:
             shortened to it. 0 switches it off.
         balancer: a name in `moe_mtl.balancing.BALANCERS`.
         balancer_args: its keyword arguments.
+        inner_lr: above 0, updates are two-step (MMoEEx): the loss of each task is that of the last part of the batch
+            after a trial step of this learning rate on the first part; see `moe_mtl.two_step`.
+        inner_share: share of the batch in the first part.
+        second_order: differentiate through the trial step.
         regularizers: coefficients of `moe_mtl.regularizers`, by name. A model without routing ignores them.
         regularizer_args: keyword arguments of those, by name.
         precision: "bf16" is autocast with float32 weights; "auto" is bf16 on a GPU that has it, else fp32 (on a CPU
@@ -59,6 +63,9 @@ class TrainerConfig:
     grad_clip: float = 1.0
     balancer: str = "equal"
     balancer_args: dict[str, Any] = field(default_factory=dict)
+    inner_lr: float = 0.0
+    inner_share: float = 0.8
+    second_order: bool = False
     regularizers: dict[str, float] = field(default_factory=dict)
     regularizer_args: dict[str, dict[str, Any]] = field(default_factory=dict)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -76,13 +83,18 @@ class TrainerConfig:
 
     def __post_init__(self):
         least = dict.fromkeys(("steps", "batch_size", "accumulate", "save_every", "keep", "log_every"), 1)
-        least |= dict.fromkeys(("warmup", "weight_decay", "grad_clip", "seed", "num_workers", "eval_every"), 0)
+        least |= dict.fromkeys(("warmup", "weight_decay", "grad_clip", "seed", "num_workers"), 0)
+        least |= dict.fromkeys(("eval_every", "inner_lr"), 0)
         least |= {name: 1 for name in ("tasks_per_step", "val_limit") if getattr(self, name) is not None}
         for name, smallest in least.items():
             if not getattr(self, name) >= smallest:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {smallest}")
         if not self.lr > 0 or not 0 <= self.lr_final <= 1:
             raise ValueError(f"lr, lr_final: got {self.lr}, {self.lr_final}; expected lr > 0 and lr_final from 0 to 1")
+        if not 0 < self.inner_share < 1:
+            raise ValueError(f"inner_share: got {self.inner_share}, expected above 0 and below 1")
+        if self.inner_lr > 0 and self.accumulate > 1:
+            raise ValueError("accumulate: a two-step update needs the whole batch at once; use 1, or inner_lr 0")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate: got {self.accumulate} parts of a batch of {self.batch_size}")
 

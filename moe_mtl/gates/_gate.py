@@ -79,6 +79,9 @@ class Gate(nn.Module, ABC):
         """Ids of the experts this task can ever use, when that does not depend on the input; None for all."""
         return None
 
+    def anneal(self, progress: float) -> None:
+        """Tells a gate with a schedule, in place, how much of the training is over, 0 to 1; others do nothing."""
+
     def task_options(self) -> dict[str, Any]:
         """The options of the constructor that hold something for every task, as plain data; other gates have none.
 
