@@ -424,7 +424,7 @@ def test_create_gate_refuses_what_it_does_not_know():
         create_gate("noisy_top", 4, 3, 2, 1)
     with pytest.raises(ValueError, match=r"^noise: gate 'noisy_topk' has no such option; did you mean 'noise_std'"):
         create_gate("noisy_topk", 4, 3, 2, 1, noise=1.0)
-    with pytest.raises(ValueError, match=r"^noise_std: gate 'softmax' has no such option; known: none"):
+    with pytest.raises(ValueError, match=r"^noise_std: gate 'softmax' has no such option; known: dropout, hidden, visible"):
         create_gate("softmax", 4, 3, 2, noise_std=1.0)
     with pytest.raises(ValueError, match=r"^k: got 2, but the softmax gate uses all 3"):
         create_gate("softmax", 4, 3, 2, 2)

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from moe_mtl.routing import Routing, TaskIds
 
+# The logit of an expert that a task cannot use: softmax makes it exactly 0, and statistics of logits stay finite.
+UNREACHABLE = -1e4
+
 
 class Gate(nn.Module, ABC):
     """Maps tokens and their task to expert weights.

@@ -13,12 +13,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from moe_mtl.gates._gate import UNREACHABLE
 from moe_mtl.gates._router import RouterGate
 from moe_mtl.routing import Routing, TaskIds
 from moe_mtl.task_linear import select
-
-# The logit of an expert that is not the task's: softmax makes it exactly 0, and statistics of logits stay finite.
-UNREACHABLE = -1e4
 
 
 def contiguous_groups(num_experts: int, num_tasks: int, k: int) -> list[list[int]]:

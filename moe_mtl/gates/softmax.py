@@ -1,62 +1,144 @@
-"""Softmax gate: every task mixes all experts, with weights of its own for every token.
+"""Softmax gate: every task mixes all experts, or those it can see, with weights of its own for every token.
 
-Paper: Ma et al. 2018, https://dl.acm.org/doi/10.1145/3219819.3220007 (MMoE, eq. 5-6: g_t(x) = softmax(x G_t)).
-Differs: each task's router has a bias, zero to begin with, as in keras-mmoe; the paper has none.
+Paper: Ma et al. 2018, https://dl.acm.org/doi/10.1145/3219819.3220007 (MMoE, eq. 5-6: g_t(x) = softmax(x G_t)); Tang et
+    al. 2020, https://dl.acm.org/doi/10.1145/3383313.3412236 (CGC: a task sees shared experts and its own); Zhao et al.
+    2019, https://dl.acm.org/doi/10.1145/3298689.3346997 (dropout on the gate's probabilities against collapse).
+Differs: each task's router has a bias, zero to begin with, as in keras-mmoe; the papers have none. After dropout the
+    weights are divided by their sum, and a token whose experts would all be dropped keeps all of them.
 """
 
+import itertools
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from moe_mtl.gates._gate import UNREACHABLE
 from moe_mtl.gates._router import RouterGate
 from moe_mtl.routing import Routing, TaskIds
 from moe_mtl.task_linear import TaskLinear
 
 
 class SoftmaxGate(RouterGate):
-    """MMoE's gate: weights softmax(W_t x + c_t) over all experts.
+    """MMoE's gate: weights softmax(W_t x + c_t) over all experts, or over those that the task can see.
 
     Args:
         dim: width d of the tokens.
         num_experts: experts e.
         num_tasks: tasks t.
         k: num_experts, or None for the same: every expert is used.
+        hidden: widths of ReLU layers between the token and the scores, per task; none for a linear map.
+        dropout: share of the weights dropped per token in training.
+        visible: ids of the experts each task can see, in the order of the tasks; None for all. The logits of the others
+            are -10^4, their weights exactly 0.
 
     Raises:
-        ValueError: a size is below 1, or k is not num_experts.
+        ValueError: a size is below 1, k is not num_experts, `dropout` is out of range, or `visible` is not one row of
+            different ids for every task.
     """
 
     compute_class: ClassVar[Literal["dense", "token", "task", "weight"]] = "dense"
+    hidden_from: Tensor | None
 
-    def __init__(self, dim: int, num_experts: int, num_tasks: int, k: int | None = None):
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        num_tasks: int,
+        k: int | None = None,
+        *,
+        hidden: Sequence[int] = (),
+        dropout: float = 0.0,
+        visible: Sequence[Sequence[int]] | None = None,
+    ):
         super().__init__(dim, num_experts, num_tasks, num_experts if k is None else k)
         if self.k != num_experts:
             raise ValueError(
                 f"k: got {k}, but the softmax gate uses all {num_experts} experts; leave k out or take a top-k gate"
             )
-        self.router = TaskLinear(dim, num_experts, num_tasks, bias=True)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: got {dropout}, expected 0 to below 1")
+        for width in hidden:
+            if width < 1:
+                raise ValueError(f"hidden: got {list(hidden)}, expected widths of at least 1")
+        self.dropout = dropout
+        self.layers = nn.ModuleList(
+            [TaskLinear(a, b, num_tasks, bias=True) for a, b in itertools.pairwise((dim, *hidden))]
+        )
+        self.router = TaskLinear((dim, *hidden)[-1], num_experts, num_tasks, bias=True)
+        self.register_buffer("hidden_from", None if visible is None else self._table(visible))
+
+    def _table(self, visible: Sequence[Sequence[int]]) -> Tensor:
+        """What each task cannot see, bool [t, e]."""
+        if len(visible) != self.num_tasks:
+            raise ValueError(f"visible: got {len(visible)} rows, expected one for each of the {self.num_tasks} tasks")
+        table = torch.ones(self.num_tasks, self.num_experts, dtype=torch.bool)
+        for task, row in enumerate(visible):
+            if not row or len(set(row)) < len(row) or not all(e in range(self.num_experts) for e in row):
+                raise ValueError(
+                    f"visible: got {list(row)} for task {task}, expected different ids from 0 to "
+                    f"{self.num_experts - 1}, at least one"
+                )
+            table[task, list(row)] = False
+        return table
+
+    def reachable(self, task: int) -> tuple[int, ...] | None:
+        """Ids of the experts the task can see, ascending; None for all."""
+        if self.hidden_from is None:
+            return None
+        return tuple((~self.hidden_from[task]).nonzero().flatten().tolist())
+
+    def task_options(self) -> dict[str, Any]:
+        """What each task can see, where that is not everything."""
+        if self.hidden_from is None:
+            return {}
+        return {"visible": [(~row).nonzero().flatten().tolist() for row in self.hidden_from]}
 
     def scores(self, x: Tensor, task: TaskIds) -> Tensor:
         """W_t x + c_t, [m, e]."""
-        return self.router(x, task)
+        for layer in self.layers:
+            x = F.relu(layer(x, task))
+        return self._masked(self.router(x, task), task)
 
     def scores_each(self, x: Tensor, tasks: Sequence[int]) -> Tensor:
-        """W_t x for each task, in one product."""
-        return self.router.each(x, tasks)
+        """W_t x + c_t for each task, the first map in one product."""
+        first, *rest = (*self.layers, self.router)
+        y = first.each(x, tasks)  # type: ignore[operator]
+        for layer in rest:
+            y = layer(F.relu(y), tuple(tasks))
+        return self._masked(y, tuple(tasks))
+
+    def _masked(self, logits: Tensor, task: TaskIds) -> Tensor:
+        if self.hidden_from is None:
+            return logits
+        if isinstance(task, int):
+            return logits.masked_fill(self.hidden_from[task], UNREACHABLE)
+        if isinstance(task, Tensor):
+            return logits.masked_fill(self.hidden_from.index_select(0, task), UNREACHABLE)
+        blocks = logits.unflatten(0, (len(task), -1))
+        return blocks.masked_fill(self.hidden_from[list(task)].unsqueeze(1), UNREACHABLE).flatten(0, 1)
 
     def choose(self, logits: Tensor, task: TaskIds | None, valid: Tensor | None) -> Routing:
         """The dense mixture of logits [m, e]."""
         weights = logits.softmax(dim=-1)
+        if self.training and self.dropout > 0:
+            kept = weights * (torch.rand_like(weights) >= self.dropout)
+            total = kept.sum(dim=-1, keepdim=True)
+            weights = torch.where(total > 0, kept / total.clamp(min=torch.finfo(total.dtype).tiny), weights)
         if self.kept is None:
             return Routing(weights, None, logits, task, valid)
         indices = self.kept.expand(logits.shape[0], -1)
         return Routing(weights.index_select(-1, self.kept), indices, logits, task, valid)
 
     def zero_scores(self) -> None:
-        """Makes, in place, every router zero."""
+        """Makes, in place, every router zero: the experts a task can see then weigh the same."""
         self.router.zero_scores()
 
     def keep_tasks(self, tasks: Sequence[int]) -> None:
         """Drops, in place, the routers of every task but these."""
-        self.router.keep_tasks(tasks)
+        for layer in (*self.layers, self.router):
+            layer.keep_tasks(tasks)  # type: ignore[operator]
+        if self.hidden_from is not None:
+            self.hidden_from = self.hidden_from[list(tasks)]

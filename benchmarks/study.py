@@ -1,0 +1,123 @@
+"""Studies of table models: runs that can be stopped and go on, one JSON per run in benchmarks/tables/<study>/.
+
+A run is a recipe and a seed under a name. It is done when its JSON is there and was made by the recipe as it stands.
+Predictions on the test rows lie in runs/tables/, for comparisons that need every row; what is chosen is chosen on the
+validation rows, and test rows are scored only where a run asks for it.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+
+from moe_mtl.hub import replace_file
+from moe_mtl.recipes import Recipe
+from moe_mtl.registry import create_model
+from moe_mtl.scoring import TaskMetrics
+from moe_mtl.tasks import Task
+from moe_mtl.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, RUNS = ROOT / "benchmarks" / "tables", ROOT / "runs" / "tables"
+UNCOUNTED = ("out", "progress", "overwrite", "resume", "keep", "save_every", "log_every", "eval_every")
+BATCH = 4096
+
+_DATA: dict[str, Any] = {}  # a data set is read once per process
+
+
+def run(
+    study: str,
+    name: str,
+    recipe: Recipe,
+    seed: int,
+    *,
+    test: bool = False,
+    watch: Callable[[Any, Any], Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Trains a recipe with a seed and scores it, unless that was done; returns what the JSON holds.
+
+    Args:
+        study: folder of the results.
+        name: of the run in it, without the seed.
+        recipe: what to train; its `out` is not used.
+        seed: of the run.
+        test: score the test rows too and keep the predictions for them.
+        watch: (trained model, data) to further entries of the JSON.
+
+    Returns:
+        study, name, seed, recipe, parameters, seconds, "val" and, where asked for, "test": {task: {metric: value}}.
+    """
+    path, folder = RESULTS / study / f"{name}.s{seed}.json", RUNS / study / f"{name}.s{seed}"
+    how = asdict(recipe)
+    how["data"].pop("root", None)
+    how["trainer"] = {key: value for key, value in how["trainer"].items() if key not in (*UNCOUNTED, "seed")}
+    how = json.loads(json.dumps(how))
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found["recipe"] == how and (not test or ("test" in found and predictions_file(study, name, seed).exists())):
+            return found
+    data = _DATA.setdefault(repr(recipe.data), recipe.data)
+    config = replace(recipe.trainer, out=str(folder), seed=seed, overwrite=True, progress=False, save_every=10**9)
+    set_seed(seed)
+    from_data = data.model_args() if hasattr(data, "model_args") else {}
+    model = create_model(recipe.model.name, tasks=data.task_list(), **{**from_data, **recipe.model.args})
+    trainer = Trainer(model, data, config)
+    model: Any = trainer.fit()
+    found = {
+        "study": study,
+        "name": name,
+        "seed": seed,
+        "recipe": how,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": trainer.seconds,
+        "val": score(model, data.split("val"))[0],
+    }
+    if test:
+        found["test"], predictions = score(model, data.split("test"))
+        file = predictions_file(study, name, seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, **predictions)
+    if watch is not None:
+        found |= watch(model, data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(found, indent=1) + "\n"))
+    shutil.rmtree(folder)
+    return found
+
+
+def predictions_file(study: str, name: str, seed: int) -> Path:
+    """Where the predictions of a run on the test rows lie."""
+    return RUNS / study / f"{name}.s{seed}.npz"
+
+
+@torch.no_grad()
+def score(model: Any, dataset: Any) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
+    """{task: {metric: value}} on a data set, and the predictions of every task for all of its rows."""
+    tasks: tuple[Task, ...] = model.tasks
+    metrics, predictions = TaskMetrics(tasks), {task.name: [] for task in tasks}
+    model.eval()
+    for start in range(0, len(dataset), BATCH):
+        batch = dataset.__getitems__(range(start, min(start + BATCH, len(dataset))))
+        found = model(batch[model.input])
+        metrics.update(found, batch)
+        for task, values in found.items():
+            predictions[task].append(values.numpy())
+    return metrics.compute(), {task: np.concatenate(parts) for task, parts in predictions.items()}
+
+
+def read(study: str, name: str | None = None) -> list[dict[str, Any]]:
+    """All runs of a study, or of one name in it, in the order of their seeds."""
+    found = [json.loads(path.read_text()) for path in sorted((RESULTS / study).glob("*.s[0-9]*.json"))]
+    return sorted((r for r in found if name in (None, r["name"])), key=lambda r: (r["name"], r["seed"]))
+
+
+def mean_spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds, as text."""
+    spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{spread}"
