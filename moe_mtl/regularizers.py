@@ -8,7 +8,8 @@ synchronise with the GPU, to learn which tasks occur.
 Paper: Riquelme et al. 2021, https://arxiv.org/abs/2106.05974, appendix A (importance, load); Fan et al. 2022,
     https://arxiv.org/abs/2210.14793 (M3ViT: importance of the selected weights); Zoph et al. 2022,
     https://arxiv.org/abs/2202.08906 (ST-MoE: z-loss); Fedus et al. 2021, https://arxiv.org/abs/2101.03961, eq. 4-6
-    (Switch balance); Chen et al. 2023, https://arxiv.org/abs/2212.08066 (Mod-Squad: mutual information).
+    (Switch balance); Chen et al. 2023, https://arxiv.org/abs/2212.08066 (Mod-Squad: mutual information); Hazimeh et al.
+    2021, https://arxiv.org/abs/2106.03760 (DSelect-k: entropy, leakage).
 Differs: CV² is the population variance over (mean² + 1e-10), so one expert gives 0; M3ViT's code uses the unbiased
     variance and, in its load, takes thresholds after softmax for scores before it; here both are noisy logits.
     Mutual information counts tasks alike where Mod-Squad counts tokens (the same when every task has as many), and
@@ -101,12 +102,42 @@ def mutual_information(routing: Routing) -> Tensor:
     return -(joint * ratio).sum()
 
 
+def dselect_entropy(routing: Routing) -> Tensor:
+    """Mean over the selectors of DSelect-k gates of -sum_e r_e ln(r_e + 1e-6): drives each to a single expert.
+
+    0 for a layer whose gate has no selectors.
+    """
+    return _over_selectors(routing, lambda r: -(r * (r + 1e-6).log()).sum(dim=-1))
+
+
+def dselect_leakage(routing: Routing) -> Tensor:
+    """Mean over the selectors of DSelect-k gates of 1 / sum_e r_e: 1 when no weight goes to codes without an expert.
+
+    Only where the number of experts is no power of two can it be above 1; infinite when all weight leaks. 0 for a layer
+    whose gate has no selectors.
+    """
+    return _over_selectors(routing, lambda r: r.sum(dim=-1).reciprocal())
+
+
+def _over_selectors(routing: Routing, value: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean of a value [u, k] of the selectors [u, k, e] over all of them, those of padding left out."""
+    r = routing.selectors
+    if r is None or not len(r):
+        return routing.logits.new_zeros(())
+    values = value(r).mean(dim=1)
+    if routing.valid is None or len(r) != len(routing.valid):
+        return values.mean()
+    return values.masked_fill(~routing.valid, 0.0).sum() / routing.valid.sum().clamp(min=1)
+
+
 REGULARIZERS: dict[str, Callable[..., Tensor]] = {
     "importance": importance,
     "load": load,
     "z_loss": z_loss,
     "switch_balance": switch_balance,
     "mutual_information": mutual_information,
+    "dselect_entropy": dselect_entropy,
+    "dselect_leakage": dselect_leakage,
 }
 
 

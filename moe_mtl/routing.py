@@ -47,6 +47,8 @@ class Routing:
         noisy_logits: the scores the choice was made from, float32 [m, e], in the same space as `logits`;
             None when no noise was added.
         noise_std: standard deviation of that noise, broadcastable to [m, e].
+        selectors: of a gate that mixes k selectors, the weights of each over all experts before mixing, [u, k, e]: a
+            row per token, or one per task where they do not depend on the token.
     """
 
     weights: Tensor
@@ -56,6 +58,7 @@ class Routing:
     valid: Tensor | None = None
     noisy_logits: Tensor | None = None
     noise_std: Tensor | None = None
+    selectors: Tensor | None = None
 
     @property
     def num_experts(self) -> int:

@@ -108,7 +108,7 @@ def extract(
         usage, tokens = _measure(small, calibration)
         for name, shares in usage.items():
             gate = small.moe_layers[name].gate
-            least = 1 if gate.compute_class == "dense" else gate.k
+            least = 1 if gate.k == gate.num_experts else gate.k
             kept, dropped = _least_used(shares, found[name].kept, least, mass)
             by_task = dict(zip((task.name for task in small.tasks), dropped.tolist(), strict=True))
             found[name] = LayerExtraction(gate.num_experts, tuple(kept), tokens[name], float(dropped.mean()), by_task)

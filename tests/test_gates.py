@@ -13,7 +13,7 @@ from moe_mtl.regularizers import REGULARIZERS, total
 from moe_mtl.routing import Routing
 
 DIM, TASKS = 6, 4
-PER_TASK = ("softmax", "noisy_topk", "assigned")  # every parameter belongs to one task
+PER_TASK = ("softmax", "noisy_topk", "assigned", "dselect_k")  # every parameter belongs to one task
 TOPK = sorted(name for name, gate in GATES.items() if issubclass(gate, TopKGate))
 SIZES = [(1, 1), (3, 2), (5, 5), (7, 1)]  # experts, k: one expert; not a power of two; all of them; one of many
 
@@ -22,6 +22,8 @@ def make(name: str, experts: int = 5, k: int = 2, dtype=torch.float32, seed: int
     torch.manual_seed(seed)
     if name == "task_embedding":  # a task vector much wider than the tokens would decide alone
         options = {"embedding_dim": 4} | options
+    if name == "dselect_k":  # no selector is at an end of the smooth-step, where gradients and weights are exactly 0
+        options = {"gamma": 5.0} | options
     gate = create_gate(name, DIM, experts, TASKS, None if name == "softmax" else k, **options).to(dtype)
     with torch.no_grad():
         for parameter in gate.parameters():  # no parameter at a special value, such as a zero bias
@@ -31,6 +33,11 @@ def make(name: str, experts: int = 5, k: int = 2, dtype=torch.float32, seed: int
 
 def tokens(m: int, dtype=torch.float32, seed: int = 1) -> torch.Tensor:
     return torch.randn(m, DIM, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def shares(routing: Routing) -> torch.Tensor:
+    """The weights the logits stand for: their softmax, but for DSelect-k's, which are logarithms of weights."""
+    return routing.probs() if routing.selectors is None else routing.logits.exp()
 
 
 def dense(routing: Routing) -> torch.Tensor:
@@ -60,7 +67,7 @@ def test_routing_is_well_formed(name, experts, k, training):
         assert routing.indices.dtype == torch.int64
         assert (routing.indices.sort(-1).values.diff(dim=-1) > 0).all()  # no expert twice
         assert 0 <= routing.indices.min() <= routing.indices.max() < experts
-    if gate.k == experts:
+    if gate.k == experts and (name != "dselect_k" or experts.bit_count() == 1):  # other numbers of experts leak weight
         torch.testing.assert_close(routing.weights.sum(-1), torch.ones(8))
 
 
@@ -71,7 +78,7 @@ def test_selection_agrees_with_a_sort_of_the_logits(name):
     for row in range(9):
         order = routing.logits[row].argsort(descending=True)[: gate.k]
         expected = torch.zeros(5)
-        expected[order] = routing.logits[row].exp()[order] / routing.logits[row].exp().sum()
+        expected[order] = shares(routing)[row][order]
         torch.testing.assert_close(routing.dense_weights()[row], expected)
 
 
@@ -194,7 +201,7 @@ def test_experts_that_are_not_kept_are_never_chosen_and_weights_stay_shares_of_a
         assert set(routing.indices.flatten().tolist()) <= set(ids)
         assert torch.equal(routing.logits, full.logits)
         chosen = torch.zeros(full.logits.shape).scatter(1, routing.indices, 1.0)
-        torch.testing.assert_close(routing.dense_weights(), full.probs() * chosen)
+        torch.testing.assert_close(routing.dense_weights(), shares(full) * chosen)
         gone = [e for e in range(7) if e not in ids]
         untouched = full.dense_weights()[:, gone].sum(1) == 0
         torch.testing.assert_close(routing.dense_weights()[untouched], full.dense_weights()[untouched])
@@ -446,6 +453,7 @@ def test_compute_classes():
     assert {name: gate.compute_class for name, gate in GATES.items()} == {
         "softmax": "dense",
         "noisy_topk": "token",
+        "dselect_k": "task",
         "task_embedding": "token",
         "task_blind": "token",
         "assigned": "task",

@@ -151,7 +151,7 @@ class TestGatesInModels:
                             p.fill_(math.nan)
                 for layer in broken.moe_layers.values():
                     per_task = [m for m in layer.gate.modules() if isinstance(m, torch.nn.ParameterList)]
-                    assert len(per_task) == {"softmax": 2, "task_blind": 0}.get(gate, 1)
+                    assert len(per_task) == {"softmax": 2, "dselect_k": 2, "task_blind": 0}.get(gate, 1)
                     for p in (p for entries in per_task for i, p in enumerate(entries) if i != keep):
                         p.fill_(math.nan)
             alike = model(x, tasks=[task.name])[task.name]

@@ -10,8 +10,10 @@ from moe_mtl.gates import create_gate
 from moe_mtl.regularizers import REGULARIZERS, importance, load, mutual_information, switch_balance, total, z_loss
 from moe_mtl.routing import Routing
 
-every_regularizer = pytest.mark.parametrize("name", sorted(REGULARIZERS))
-PER_TASK = sorted(REGULARIZERS.keys() - {"mutual_information"})  # which compares tasks, so has no value inside one
+# those of a gate's scores; those of DSelect-k's selectors are tested in test_dselect_k.py
+OF_SCORES = sorted(name for name in REGULARIZERS if not name.startswith("dselect"))
+every_regularizer = pytest.mark.parametrize("name", OF_SCORES)
+PER_TASK = sorted(set(OF_SCORES) - {"mutual_information"})  # which compares tasks, so has no value inside one
 LOG2, LOG3 = math.log(2), math.log(3)
 
 
@@ -197,7 +199,7 @@ def test_one_expert_and_all_experts(per_task):
 
 
 @pytest.mark.parametrize(
-    "name, options", [(name, {}) for name in sorted(REGULARIZERS)] + [("importance", {"source": "weights"})]
+    "name, options", [(name, {}) for name in OF_SCORES] + [("importance", {"source": "weights"})]
 )
 def test_gradients_are_those_of_the_formula(name, options):
     base = random_routing(m=6, experts=4)
@@ -216,7 +218,7 @@ def test_gradients_are_those_of_the_formula(name, options):
 @pytest.mark.parametrize(
     "gate, name",
     [("softmax", "importance"), ("softmax", "z_loss")]  # the others are constants of a dense mixture
-    + [(gate, name) for gate in ("noisy_topk", "task_embedding", "task_blind") for name in sorted(REGULARIZERS)],
+    + [(gate, name) for gate in ("noisy_topk", "task_embedding", "task_blind") for name in OF_SCORES],
 )
 def test_gradient_reaches_the_router(gate, name):
     torch.manual_seed(0)
@@ -335,7 +337,7 @@ def test_total_refuses_unknown_names():
 def test_total_compiles_without_graph_breaks():
     torch.compiler.reset()
     routing = random_routing()
-    coefficients = dict.fromkeys(REGULARIZERS, 1.0)
+    coefficients = dict.fromkeys(OF_SCORES, 1.0)
     options = {name: {"per_task": True} for name in PER_TASK}
     compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(

@@ -45,6 +45,8 @@ def tiny(gate="noisy_topk", shun=False, seed=0, **overrides):
                     router.router.weight[task][SHUNNED, 0] = -30
                 elif gate == "assigned":  # tasks 0 and 1 have experts 0 and 1
                     router.weight[task][router.indices[task] == SHUNNED] = -300
+                elif gate == "dselect_k":  # the lowest bit of every selector is 0, so no odd expert has a weight
+                    router.z[task].view(-1, router.bits)[:, 0] = -10
                 else:
                     router.weight[SHUNNED, 0] = -30
     return model

@@ -4,6 +4,7 @@ import inspect
 
 from moe_mtl.gates._gate import Gate
 from moe_mtl.gates.assigned import AssignedGate
+from moe_mtl.gates.dselect_k import DSelectKGate
 from moe_mtl.gates.noisy_topk import NoisyTopKGate
 from moe_mtl.gates.softmax import SoftmaxGate
 from moe_mtl.gates.task_blind import TaskBlindGate
@@ -18,6 +19,7 @@ GATES: dict[str, type[Gate]] = {
     "task_embedding": TaskEmbeddingGate,
     "task_blind": TaskBlindGate,
     "assigned": AssignedGate,
+    "dselect_k": DSelectKGate,
 }
 
 

@@ -33,7 +33,7 @@ class Gate(nn.Module, ABC):
         ValueError: a size is below 1 or k exceeds num_experts.
     """
 
-    compute_class: ClassVar[Literal["dense", "token", "task", "weight"]]
+    compute_class: Literal["dense", "token", "task", "weight"]
     # False: the same weights for every task, so features stay shared and tasks need not be stacked after this gate.
     task_dependent: ClassVar[bool] = True
     kept: Tensor | None

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_mtl.gates._gate import Gate
 from moe_mtl.routing import Routing, TaskIds
@@ -126,3 +126,18 @@ def _no_autocast(device_type: str) -> AbstractContextManager:
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def rows_of(table: Tensor | nn.ParameterList, task: TaskIds, rows: int) -> Tensor:
+    """What belongs to the task of each of so many tokens, [m, c]. Entries of tasks that do not occur are not read.
+
+    Args:
+        table: a row [c] per task of the gate.
+        task: as `Gate.forward` takes it.
+        rows: tokens m.
+    """
+    if isinstance(task, int):
+        return table[task].expand(rows, -1)
+    if isinstance(task, Tensor):
+        return (table if isinstance(table, Tensor) else torch.stack(tuple(table))).index_select(0, task)
+    return torch.stack([table[i] for i in task]).unsqueeze(1).expand(-1, rows // len(task), -1).flatten(0, 1)

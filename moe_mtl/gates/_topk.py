@@ -9,7 +9,7 @@ Differs: `normalize="detached"` is an addition, for experts that start as copies
 
 import math
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class TopKGate(RouterGate):
         ValueError: a size is out of range, `noise_std` is negative or not finite, or `normalize` is unknown.
     """
 
-    compute_class: ClassVar[Literal["dense", "token", "task", "weight"]] = "token"
+    compute_class: Literal["dense", "token", "task", "weight"] = "token"
 
     def __init__(
         self,

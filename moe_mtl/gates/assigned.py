@@ -8,13 +8,13 @@ Differs: the table of experts per task is given, not drawn at random, and the we
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from moe_mtl.gates._gate import UNREACHABLE
-from moe_mtl.gates._router import RouterGate
+from moe_mtl.gates._router import RouterGate, rows_of
 from moe_mtl.routing import Routing, TaskIds
 from moe_mtl.task_linear import select
 
@@ -49,7 +49,7 @@ class AssignedGate(RouterGate):
         ValueError: a size is out of range, or `assignment` is not one row of k different ids for every task.
     """
 
-    compute_class: ClassVar[Literal["dense", "token", "task", "weight"]] = "task"
+    compute_class: Literal["dense", "token", "task", "weight"] = "task"
     indices: Tensor
 
     def __init__(
@@ -83,21 +83,15 @@ class AssignedGate(RouterGate):
 
     def scores(self, x: Tensor, task: TaskIds) -> Tensor:
         """The learned numbers at the experts of each row's task, -10^4 elsewhere, [m, e]."""
-        if len(self.weight) == 0:
-            learned = x.new_zeros(x.shape[0], 1)
-        elif isinstance(task, int):
-            learned = self.weight[task].expand(x.shape[0], -1)
-        elif isinstance(task, Tensor):
-            learned = torch.stack(tuple(self.weight)).index_select(0, task)
-        else:
-            learned = _repeat(torch.stack([self.weight[i] for i in task]), x.shape[0])
-        unreachable = x.new_full((x.shape[0], self.num_experts), UNREACHABLE)
-        return unreachable.scatter(-1, self._rows(task, x.shape[0]), learned.to(x.dtype))
+        rows = x.shape[0]
+        learned = rows_of(self.weight, task, rows) if len(self.weight) else x.new_zeros(rows, 1)
+        unreachable = x.new_full((rows, self.num_experts), UNREACHABLE)
+        return unreachable.scatter(-1, rows_of(self.indices, task, rows), learned.to(x.dtype))
 
     def choose(self, logits: Tensor, task: TaskIds | None, valid: Tensor | None) -> Routing:
         """The weights of each row's experts, from logits [m, e]."""
         assert task is not None  # `forward` has refused it
-        indices = self._rows(task, logits.shape[0])
+        indices = rows_of(self.indices, task, logits.shape[0])
         weights = logits.gather(-1, indices).softmax(dim=-1)
         if self.kept is not None and self.rows is not None:  # an expert that was dropped: weight 0, on any that is left
             left = self.rows[indices] >= 0
@@ -106,14 +100,6 @@ class AssignedGate(RouterGate):
             weights, places = weights.topk(self.k, dim=-1)
             indices = indices.gather(-1, places)
         return Routing(weights, indices, logits, task, valid)
-
-    def _rows(self, task: TaskIds, rows: int) -> Tensor:
-        """The experts of every row, int64 [m, k]."""
-        if isinstance(task, int):
-            return self.indices[task].expand(rows, -1)
-        if isinstance(task, Tensor):
-            return self.indices.index_select(0, task)
-        return _repeat(torch.stack([self.indices[i] for i in task]), rows)
 
     @torch.no_grad()
     def zero_scores(self) -> None:
@@ -126,9 +112,3 @@ class AssignedGate(RouterGate):
         if len(self.weight):
             self.weight = select(self.weight, tasks)
         self.indices = self.indices[list(tasks)]
-
-
-def _repeat(blocks: Tensor, rows: int) -> Tensor:
-    """Each row [k] of a table over its equal block of the rows: [blocks, k] to [m, k]."""
-    count = blocks.shape[0]
-    return blocks.unsqueeze(1).expand(-1, rows // count, -1).flatten(0, 1)

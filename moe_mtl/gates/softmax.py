@@ -9,7 +9,7 @@ Differs: each task's router has a bias, zero to begin with, as in keras-mmoe; th
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class SoftmaxGate(RouterGate):
             different ids for every task.
     """
 
-    compute_class: ClassVar[Literal["dense", "token", "task", "weight"]] = "dense"
+    compute_class: Literal["dense", "token", "task", "weight"] = "dense"
     hidden_from: Tensor | None
 
     def __init__(
