@@ -51,6 +51,12 @@ class MoE(nn.Module):
             local = Routing(local.dense_weights(), None, local.logits, local.task, local.valid)
         return self.experts(x, local), routing
 
+    def needed(self) -> list[int]:
+        """Ids, ascending, of the held experts that some task can ever use."""
+        held, reached = self.kept_experts, [self.gate.reachable(task) for task in range(self.gate.num_tasks)]
+        every = {e for ids in reached for e in (held if ids is None else ids)}
+        return [e for e in held if e in every]
+
     @property
     def kept_experts(self) -> list[int]:
         """Ids of the experts the layer holds, ascending: all of 0..e-1, unless some were dropped."""

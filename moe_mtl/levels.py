@@ -143,6 +143,16 @@ class Level(nn.Module):
             if gate is not None:
                 gate.keep_experts(torch.tensor(ids, device=self.experts.weight[0].device))
 
+    def spec(self) -> dict[str, Any]:
+        """What a layout says of this level, as plain data; see `build_trunk`."""
+        return {
+            "experts": self.gate.num_experts,
+            "streams": list(self.streams),
+            "sources": None if self.sources is None else list(self.sources),
+            "gate": self.gate.task_options(),
+            "own": None if self.own is None else self.own.task_options(),
+        }
+
 
 class Trunk(nn.Module):
     """Levels one after another, from one vector per sample to one per task and sample.
@@ -202,17 +212,7 @@ class Trunk(nn.Module):
 
     def layout(self) -> dict[str, Any]:
         """What `build_trunk` builds this trunk from, as plain data."""
-        levels = [
-            {
-                "experts": level.gate.num_experts,
-                "streams": list(level.streams),
-                "sources": None if level.sources is None else list(level.sources),
-                "gate": level.gate.task_options(),
-                "own": None if level.own is None else level.own.task_options(),
-            }
-            for level in self._levels()
-        ]
-        return {"outputs": list(self.outputs), "levels": levels}
+        return {"outputs": list(self.outputs), "levels": [level.spec() for level in self._levels()]}
 
 
 def build_trunk(
@@ -243,15 +243,25 @@ def build_trunk(
     for spec in layout["levels"]:
         experts, streams = spec["experts"], len(spec["streams"])
         options = {**(gate_args or {}), **(spec.get("gate") or {})}
-        own = spec.get("own")
         levels.append(
             Level(
                 create_gate(gate, dim, experts, streams, resolve_k(gate, experts, k), **options),
                 ExpertStack(experts, dim, widths, **(expert_args or {})),
                 streams=spec["streams"],
                 sources=spec.get("sources"),
-                own=None if own is None else create_gate("softmax", dim, experts, streams, **own),
+                own=self_gate(dim, experts, spec.get("own")),
             )
         )
         dim = widths[-1]
     return Trunk(levels, layout["outputs"])
+
+
+def self_gate(dim: int, experts: int, options: Mapping[str, Any] | None) -> Gate | None:
+    """The gate of the path that adds a stream's own experts, which `options["visible"]` names; None without options.
+
+    A softmax over them, or a sigmoid where every stream has a single one, whose softmax would be the constant 1 (HoME).
+    """
+    if options is None:
+        return None
+    single = all(len(row) == 1 for row in options["visible"])
+    return create_gate("sigmoid" if single else "softmax", dim, experts, len(options["visible"]), **options)

@@ -99,10 +99,7 @@ def extract(
         return small
     found = {}
     for name, layer in small.moe_layers.items():
-        reached = [layer.gate.reachable(task) for task in range(len(small.tasks))]
-        held = layer.kept_experts
-        if all(ids is not None for ids in reached):
-            held = sorted(set(held) & set().union(*reached))
+        held = layer.needed()
         found[name] = LayerExtraction(layer.gate.num_experts, tuple(held))
     if calibration is not None:
         usage, tokens = _measure(small, calibration)
@@ -127,7 +124,7 @@ def keep_experts(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
     Raises:
         ValueError: no such layer, or ids that it does not hold.
     """
-    layers = model.moe_layers if isinstance(model, MultiTaskModel) else {}
+    layers: dict[str, Any] = getattr(model, "moe_layers", {})
     for name, ids in kept.items():
         if name not in layers:
             raise ValueError(f"kept: no layer {name!r} with experts; {nearest(name, layers)}")

@@ -1,5 +1,6 @@
 """Towers: one small MLP per task on the task's vector, all tasks in one batched product per layer."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Self
 
@@ -33,7 +34,7 @@ class Towers(nn.Module):
         self.tasks, self.dropout = tuple(tasks), dropout
         widths = (dim, *hidden)
         self.layers = nn.ModuleList(
-            [TaskLinear(into, out, len(tasks), bias=True) for into, out in zip(widths, widths[1:], strict=False)]
+            [TaskLinear(into, out, len(tasks), bias=True) for into, out in itertools.pairwise(widths)]
         )
         self.out = TaskLinear(widths[-1], [task.channels for task in tasks], len(tasks), bias=True)
 

@@ -122,7 +122,7 @@ class VectorModel(nn.Module):
         memo: dict[int, Any] = {id(part): part.for_tasks(ids) for part in (parts.trunk, parts.towers)}
         model = copy.deepcopy(self, memo)
         model.tasks = tuple(self.tasks[i] for i in ids)
-        if hasattr(model, "config"):
+        if "layout" in getattr(model, "config", {}).get("args", {}):
             model.config["args"]["layout"] = model.trunk.layout()  # type: ignore[operator]
         return model
 

@@ -71,15 +71,27 @@ def test_step_zero_is_the_dense_model(structure, training):
 @pytest.mark.parametrize("gate", sorted(GATES))
 def test_every_gate_starts_dense(gate):
     backbone, x = dense(), images()
-    model = moefy(backbone, TASKS, gate=gate, experts=4, k=4 if gate == "softmax" else 1)
+    k = 4 if gate in ("softmax", "exclusive", "sigmoid") else 1
+    if gate == "sigmoid":
+        with pytest.raises(ValueError, match=r"^gate: the weights of 'sigmoid' with 4 experts do not sum to 1"):
+            moefy(backbone, TASKS, gate=gate, experts=4, k=k)
+        return
+    model = moefy(backbone, TASKS, gate=gate, experts=4, k=k)
     backbone.eval()
     features, _ = stacked_features(model.eval(), x)
     expected = backbone.forward_features(x)[:, 1:].repeat(1 if gate == "task_blind" else len(TASKS), 1, 1)
     torch.testing.assert_close(features.patches, expected, atol=1e-9, rtol=1e-9)
 
 
+def test_gates_that_split_or_copy_inexactly_are_refused():
+    with pytest.raises(ValueError, match=r"^gate: the weights of 'dselect_k' with 3 experts"):
+        moefy(dense(), TASKS, gate="dselect_k", experts=3, k=1)
+    with pytest.raises(ValueError, match=r"^hidden: 'split' needs every expert, but with gate 'exclusive' task 0 sees"):
+        moefy(dense(), TASKS, gate="exclusive", experts=4, k=4, hidden="split")
+
+
 @pytest.mark.parametrize("structure", ["vit", "vit_swiglu", "vit_geglu", "eva"])
-@pytest.mark.parametrize("gate", sorted(GATES))
+@pytest.mark.parametrize("gate", sorted(set(GATES) - {"sigmoid", "exclusive"}))
 def test_split_is_exact_and_costs_output_biases_only(structure, gate):
     backbone, x = dense(structure), images()
     model = moefy(backbone, TASKS, gate=gate, experts=4, k=4, hidden="split")

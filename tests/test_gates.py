@@ -9,11 +9,14 @@ import torch
 from moe_mtl.gates import GATES, Gate, create_gate
 from moe_mtl.gates._router import check_task
 from moe_mtl.gates._topk import TopKGate
+from moe_mtl.gates.softmax import SoftmaxGate
 from moe_mtl.regularizers import REGULARIZERS, total
 from moe_mtl.routing import Routing
 
 DIM, TASKS = 6, 4
-PER_TASK = ("softmax", "noisy_topk", "assigned", "dselect_k")  # every parameter belongs to one task
+PER_TASK = ("softmax", "sigmoid", "exclusive", "noisy_topk", "assigned", "dselect_k")  # each parameter is of one task
+MIXTURES = sorted(name for name, gate in GATES.items() if issubclass(gate, SoftmaxGate))  # over all experts: no k
+STATIC = ("assigned", "dselect_k", "exclusive")  # the task alone decides which experts it can reach
 TOPK = sorted(name for name, gate in GATES.items() if issubclass(gate, TopKGate))
 SIZES = [(1, 1), (3, 2), (5, 5), (7, 1)]  # experts, k: one expert; not a power of two; all of them; one of many
 
@@ -22,9 +25,11 @@ def make(name: str, experts: int = 5, k: int = 2, dtype=torch.float32, seed: int
     torch.manual_seed(seed)
     if name == "task_embedding":  # a task vector much wider than the tokens would decide alone
         options = {"embedding_dim": 4} | options
+    if name == "exclusive":  # few experts are enough for every task
+        options = {"alpha": 0.5, "kind": "exclusion"} | options if experts > 1 else {"alpha": 0.0}
     if name == "dselect_k":  # no selector is at an end of the smooth-step, where gradients and weights are exactly 0
         options = {"gamma": 5.0} | options
-    gate = create_gate(name, DIM, experts, TASKS, None if name == "softmax" else k, **options).to(dtype)
+    gate = create_gate(name, DIM, experts, TASKS, None if name in MIXTURES else k, **options).to(dtype)
     with torch.no_grad():
         for parameter in gate.parameters():  # no parameter at a special value, such as a zero bias
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -35,9 +40,10 @@ def tokens(m: int, dtype=torch.float32, seed: int = 1) -> torch.Tensor:
     return torch.randn(m, DIM, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def shares(routing: Routing) -> torch.Tensor:
-    """The weights the logits stand for: their softmax, but for DSelect-k's, which are logarithms of weights."""
-    return routing.probs() if routing.selectors is None else routing.logits.exp()
+def shares(name: str, routing: Routing) -> torch.Tensor:
+    """The weights the logits stand for: their softmax, but for gates whose weights do not share out 1."""
+    by_name = {"dselect_k": torch.exp, "sigmoid": torch.sigmoid}
+    return by_name[name](routing.logits) if name in by_name else routing.probs()
 
 
 def dense(routing: Routing) -> torch.Tensor:
@@ -61,13 +67,14 @@ def test_routing_is_well_formed(name, experts, k, training):
     routing = gate(tokens(8), (0, 2))
     assert routing.logits.shape == (8, experts)
     assert routing.weights.shape == (8, gate.k)
-    assert (routing.weights > 0).all()
-    assert (routing.weights.sum(-1) <= 1 + 1e-6).all()
+    assert (routing.weights > 0).all() or name == "exclusive"
+    assert (routing.weights.sum(-1) <= 1 + 1e-6).all() or name == "sigmoid"
     if routing.indices is not None:
         assert routing.indices.dtype == torch.int64
         assert (routing.indices.sort(-1).values.diff(dim=-1) > 0).all()  # no expert twice
         assert 0 <= routing.indices.min() <= routing.indices.max() < experts
-    if gate.k == experts and (name != "dselect_k" or experts.bit_count() == 1):  # other numbers of experts leak weight
+    leaks = name == "sigmoid" or (name == "dselect_k" and experts.bit_count() > 1)
+    if gate.k == experts and not leaks:
         torch.testing.assert_close(routing.weights.sum(-1), torch.ones(8))
 
 
@@ -78,7 +85,7 @@ def test_selection_agrees_with_a_sort_of_the_logits(name):
     for row in range(9):
         order = routing.logits[row].argsort(descending=True)[: gate.k]
         expected = torch.zeros(5)
-        expected[order] = shares(routing)[row][order]
+        expected[order] = shares(name, routing)[row][order]
         torch.testing.assert_close(routing.dense_weights()[row], expected)
 
 
@@ -182,7 +189,7 @@ def test_reachable_experts_are_those_the_weights_use(name):
     gate = make(name, 7, 2)
     for task in range(TASKS):
         ids = gate.reachable(task)
-        assert (ids is None) == (gate.compute_class != "task")
+        assert (ids is None) == (name not in STATIC)
         if ids is not None:
             used = gate(tokens(9), task).dense_weights() > 0
             assert used.all(0).nonzero().flatten().tolist() == list(ids)
@@ -201,7 +208,7 @@ def test_experts_that_are_not_kept_are_never_chosen_and_weights_stay_shares_of_a
         assert set(routing.indices.flatten().tolist()) <= set(ids)
         assert torch.equal(routing.logits, full.logits)
         chosen = torch.zeros(full.logits.shape).scatter(1, routing.indices, 1.0)
-        torch.testing.assert_close(routing.dense_weights(), shares(full) * chosen)
+        torch.testing.assert_close(routing.dense_weights(), shares(name, full) * chosen)
         gone = [e for e in range(7) if e not in ids]
         untouched = full.dense_weights()[:, gone].sum(1) == 0
         torch.testing.assert_close(routing.dense_weights()[untouched], full.dense_weights()[untouched])
@@ -431,7 +438,9 @@ def test_create_gate_refuses_what_it_does_not_know():
         create_gate("noisy_top", 4, 3, 2, 1)
     with pytest.raises(ValueError, match=r"^noise: gate 'noisy_topk' has no such option; did you mean 'noise_std'"):
         create_gate("noisy_topk", 4, 3, 2, 1, noise=1.0)
-    with pytest.raises(ValueError, match=r"^noise_std: gate 'softmax' has no such option; known: dropout, hidden, visible"):
+    with pytest.raises(
+        ValueError, match=r"^noise_std: gate 'softmax' has no such option; known: dropout, hidden, visible"
+    ):
         create_gate("softmax", 4, 3, 2, noise_std=1.0)
     with pytest.raises(ValueError, match=r"^k: got 2, but the softmax gate uses all 3"):
         create_gate("softmax", 4, 3, 2, 2)
@@ -452,6 +461,8 @@ def test_create_gate_refuses_what_it_does_not_know():
 def test_compute_classes():
     assert {name: gate.compute_class for name, gate in GATES.items()} == {
         "softmax": "dense",
+        "sigmoid": "dense",
+        "exclusive": "dense",
         "noisy_topk": "token",
         "dselect_k": "task",
         "task_embedding": "token",
@@ -462,7 +473,7 @@ def test_compute_classes():
 
 @pytest.mark.parametrize("name", GATES)
 def test_nan_in_padding_reaches_neither_weights_nor_gradients(name):
-    gate = create_gate(name, 6, 4, 2, 4 if name == "softmax" else 2).eval()
+    gate = create_gate(name, 6, 4, 2, 4 if name in MIXTURES else 2).eval()
     x, valid = torch.randn(5, 6), torch.tensor([True, True, False, True, False])
     cotangent = torch.randn(3, gate.k)
     gradients = []

@@ -16,6 +16,7 @@ from moe_mtl.registry import register_model
 from moe_mtl.tasks import Task
 from moe_mtl.testing import assert_matches
 
+MIXTURES = ("softmax", "sigmoid", "exclusive")  # gates over all experts, which take no k
 TASKS = (
     Task.segmentation("semseg", 5),
     Task.depth(),
@@ -37,7 +38,7 @@ TINY = {"image_size": 16, "patch_size": 4, "dim": 16, "depth": 4, "num_heads": 2
 
 def tiny(gate="noisy_topk", tasks=TASKS, seed=0, **overrides):
     torch.manual_seed(seed)
-    options = {**TINY, "experts": 5, "k": None if gate == "softmax" else 2, "gate": gate, **overrides}
+    options = {**TINY, "experts": 5, "k": None if gate in MIXTURES else 2, "gate": gate, **overrides}
     return create_model("m3vit_micro", tasks=tasks, **options)
 
 
@@ -96,7 +97,7 @@ def test_larger_sizes_are_the_published_ones():
 @pytest.mark.parametrize("gate", GATES)
 class TestGatesInModels:
     def test_router_learns_from_the_task_loss_for_every_k(self, gate):
-        for k in (5,) if gate == "softmax" else (1, 2, 5):
+        for k in (5,) if gate in MIXTURES else (1, 2, 5):
             model = tiny(gate, k=k)
             total_loss(model, images(), targets()).backward()
             for name, p in model.named_parameters():
@@ -151,7 +152,7 @@ class TestGatesInModels:
                             p.fill_(math.nan)
                 for layer in broken.moe_layers.values():
                     per_task = [m for m in layer.gate.modules() if isinstance(m, torch.nn.ParameterList)]
-                    assert len(per_task) == {"softmax": 2, "dselect_k": 2, "task_blind": 0}.get(gate, 1)
+                    assert len(per_task) == {"dselect_k": 2, "task_blind": 0}.get(gate, 2 if gate in MIXTURES else 1)
                     for p in (p for entries in per_task for i, p in enumerate(entries) if i != keep):
                         p.fill_(math.nan)
             alike = model(x, tasks=[task.name])[task.name]

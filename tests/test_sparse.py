@@ -14,6 +14,7 @@ from moe_mtl.sparse import keep_experts
 from moe_mtl.tasks import Task
 from moe_mtl.testing import assert_matches
 
+MIXTURES = ("softmax", "sigmoid", "exclusive")  # gates over all experts, which take no k
 TASKS = (Task.depth(), Task.classification("scene", 3), Task.regression("tilt"), Task.segmentation("semseg", 4))
 NAMES = [task.name for task in TASKS]
 E, K, LAYERS = 7, 2, ("blocks.0", "blocks.1")
@@ -27,7 +28,7 @@ def tiny(gate="noisy_topk", shun=False, seed=0, **overrides):
     """A two-layer model in eval mode with routers at random values."""
     torch.manual_seed(seed)
     sizes = {"image_size": 16, "patch_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "head_width": 8, "every": 1}
-    k = None if gate == "softmax" else K
+    k = None if gate in MIXTURES else K
     model = create_model(
         "m3vit_micro", tasks=TASKS, **{**sizes, "gate": gate, "experts": E, "k": k, **overrides}
     ).eval()
@@ -39,7 +40,7 @@ def tiny(gate="noisy_topk", shun=False, seed=0, **overrides):
             model.backbone.blocks[1].norm2.bias[0] = 10  # every token of layer 1 has a 10 there
             router = model.moe_layers["blocks.1"].gate
             for task in range(len(TASKS)):
-                if gate == "softmax":
+                if gate in MIXTURES:
                     router.router.bias[task][SHUNNED] = -300
                 elif gate == "noisy_topk":
                     router.router.weight[task][SHUNNED, 0] = -30
@@ -87,9 +88,15 @@ def test_without_calibration_it_is_exact_and_holds_the_reachable_experts_alone(g
     agree(small, model, x, tasks)
     assigned = {"depth": [0, 1], "scene": [0, 1], "tilt": [2, 3], "semseg": [4, 5]}  # the groups of 4 tasks
     ids = sorted(e for name in tasks for e in assigned[name]) if gate == "assigned" else list(range(E))
-    assert kept(small) == dict.fromkeys(LAYERS, ids)
-    for layer in small.moe_layers.values():
-        assert all(len(p) == len(ids) for p in layer.experts.parameters())
+    if gate in ("dselect_k", "exclusive"):
+        for layer, held in kept(small).items():
+            reached = [model.moe_layers[layer].gate.reachable(NAMES.index(name)) for name in tasks]
+            assert held == sorted(set().union(*reached))
+            assert len(held) < E or gate == "dselect_k"  # whose selectors are still between experts
+    else:
+        assert kept(small) == dict.fromkeys(LAYERS, ids)
+    for name, layer in small.moe_layers.items():
+        assert all(len(p) == len(kept(small)[name]) for p in layer.experts.parameters())
     # parameters: the model's without the other heads, the other tasks' entries of the gates, and the experts dropped
     count = 0
     for name, p in model.named_parameters():
@@ -97,7 +104,8 @@ def test_without_calibration_it_is_exact_and_holds_the_reachable_experts_alone(g
         of_a_task = part[0] == "heads" or (".gate." in name and part[-1].isdigit())
         if of_a_task and (part[1] if part[0] == "heads" else NAMES[int(part[-1])]) not in tasks:
             continue
-        count += p.numel() * len(ids) // E if ".experts." in name else p.numel()
+        left = len(kept(small)[".".join(part[1:3])]) if ".experts." in name else E
+        count += p.numel() * left // E
     assert sum(p.numel() for p in small.parameters()) == count
     assert not {p.data_ptr() for p in small.parameters()} & {p.data_ptr() for p in model.parameters()}
 
@@ -137,7 +145,7 @@ def test_calibration_drops_exactly_what_no_token_used(gate, tasks):
 def test_dropped_mass_is_what_the_full_model_gave_the_least_used_experts(gate):
     model, x, tasks, limit = tiny(gate), images(6), ["tilt", "scene"], 0.4
     small = extract(model, tasks, [x], mass=limit)
-    least = 1 if gate == "softmax" else K
+    least = 1 if gate in MIXTURES or gate == "dselect_k" else K
     some = 0
     for name, mass in used(model, x, tasks).items():
         found, shares = small.extraction.layers[name], mass / mass.sum(1, keepdim=True)
@@ -225,8 +233,9 @@ def test_extraction_from_an_extracted_model_keeps_the_ids_of_the_full_one(gate):
     for name, mass in used(two, x, ["depth"]).items():
         assert kept(one)[name] == (mass[0] > 0).nonzero()[:, 0].tolist()
         assert set(kept(one)[name]) <= set(kept(two)[name])
-    reachable = {0, 1} if gate == "assigned" else set(range(E))
-    assert kept(extract(two, "depth")) == {name: sorted(reachable & set(ids)) for name, ids in kept(two).items()}
+    for name, ids in kept(two).items():
+        reachable = model.moe_layers[name].gate.reachable(NAMES.index("depth"))
+        assert kept(extract(two, "depth"))[name] == sorted(set(ids) & set(range(E) if reachable is None else reachable))
     assert kept(extract(model, "depth", [x])) == kept(extract(extract(model, "depth"), "depth", [x]))
 
 

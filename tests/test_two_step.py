@@ -33,9 +33,9 @@ LR = 0.1
 
 @pytest.mark.parametrize("second_order", [False, True])
 def test_losses_and_gradients_by_hand(second_order):
-    # Task a, v = s + w = 1.5: trial gradient of (v x1 - y1)^2 by s and by w is 2 (1.5 - 2) 1 = -1, so each moves by +0.1
-    # and v' = 1.7. Outer loss (1.7 * 2 - 1)^2 = 5.76; by v' it is 2 (3.4 - 1) 2 = 9.6. First order: dv'/ds = 1.
-    # Second order: v' = v - 2 * 0.1 * 2 x1 (v x1 - y1), dv'/ds = 1 - 0.4 x1^2 = 0.6.
+    # Task a, v = s + w = 1.5: trial gradient of (v x1 - y1)^2 by s and by w is 2 (1.5 - 2) 1 = -1, so each moves by
+    # +0.1 and v' = 1.7. Outer loss (1.7 * 2 - 1)^2 = 5.76; by v' it is 2 (3.4 - 1) 2 = 9.6. First order: dv'/ds = 1.
+    # Second order: v' = v - 2 * 0.1 * 2 x1 (v x1 - y1), dv'/ds = 1 - 0.4 = 0.6.
     # Task b, v = -0.5: trial gradient 2 (-0.5) = -1, v' = -0.3; loss (-0.6 - 3)^2 = 12.96, slope 2 (-3.6) 2 = -14.4.
     model = Line()
     losses, _ = two_step_losses(model, X, Y, TASKS, inner_lr=LR, share=0.5, second_order=second_order)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_mtl.experts import ExpertBank
-from moe_mtl.gates import GATES, create_gate, resolve_k
+from moe_mtl.gates import GATES, Gate, create_gate, resolve_k
 from moe_mtl.heads import Features, make_head
 from moe_mtl.kernels.ops import moe_mlp, plan_routing
 from moe_mtl.layers import ContextMoE, ExpandTasks, ExpertBlock, MoE, StackTasks, TaskContext
@@ -98,6 +98,8 @@ def moefy(
         router = create_gate(gate, options["dim"], experts, len(tasks), k, **router_args)
         if hidden == "split":
             router.zero_scores()
+        _check_exact(gate, router, hidden)
+        if hidden == "split":
             weights, options = _split(weights, options, experts)
         else:
             weights = {name: w if w is None else w.expand(experts, *w.shape) for name, w in weights.items()}
@@ -114,6 +116,25 @@ def moefy(
     after = sum(p.numel() for p in model.backbone.parameters())
     print(f"moefy: backbone parameters {before / 1e6:.3f} M -> {after / 1e6:.3f} M", file=sys.stderr)
     return model
+
+
+def _check_exact(name: str, router: Gate, hidden: str) -> None:
+    """Refuses a gate with which equal experts do not act as the MLP they come from.
+
+    Raises:
+        ValueError: its weights do not sum to 1, or tasks cannot see all experts that a "split" needs.
+    """
+    if not router.shares_out:
+        raise ValueError(
+            f"gate: the weights of {name!r} with {router.num_experts} experts do not sum to 1; take another gate"
+        )
+    for task in range(router.num_tasks if hidden == "split" else 0):
+        seen = router.reachable(task)
+        if seen is not None and len(seen) < router.num_experts:
+            raise ValueError(
+                f"hidden: 'split' needs every expert, but with gate {name!r} task {task} sees {len(seen)} of "
+                f"{router.num_experts}; use hidden='copy'"
+            )
 
 
 @torch.no_grad()

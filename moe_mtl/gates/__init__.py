@@ -5,7 +5,9 @@ import inspect
 from moe_mtl.gates._gate import Gate
 from moe_mtl.gates.assigned import AssignedGate
 from moe_mtl.gates.dselect_k import DSelectKGate
+from moe_mtl.gates.exclusive import ExclusiveGate
 from moe_mtl.gates.noisy_topk import NoisyTopKGate
+from moe_mtl.gates.sigmoid import SigmoidGate
 from moe_mtl.gates.softmax import SoftmaxGate
 from moe_mtl.gates.task_blind import TaskBlindGate
 from moe_mtl.gates.task_embedding import TaskEmbeddingGate
@@ -20,6 +22,8 @@ GATES: dict[str, type[Gate]] = {
     "task_blind": TaskBlindGate,
     "assigned": AssignedGate,
     "dselect_k": DSelectKGate,
+    "exclusive": ExclusiveGate,
+    "sigmoid": SigmoidGate,
 }
 
 

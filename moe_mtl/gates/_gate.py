@@ -36,6 +36,8 @@ class Gate(nn.Module, ABC):
     compute_class: Literal["dense", "token", "task", "weight"]
     # False: the same weights for every task, so features stay shared and tasks need not be stacked after this gate.
     task_dependent: ClassVar[bool] = True
+    # False: the weights of a token may sum to something else than 1, or cannot be made to (see `moefy`).
+    shares_out: bool = True
     kept: Tensor | None
     rows: Tensor | None
 

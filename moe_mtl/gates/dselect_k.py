@@ -62,6 +62,7 @@ class DSelectKGate(RouterGate):
         if per_example:
             self.compute_class = "dense"
         self.bits = (num_experts - 1).bit_length()
+        self.shares_out = num_experts == 2**self.bits
         codes = torch.arange(num_experts).unsqueeze(1) >> torch.arange(self.bits)
         self.register_buffer("codes", (codes & 1).bool(), persistent=False)  # [e, bits]
         self.z = self._fresh(k * self.bits, gamma / 100) if self.bits else None

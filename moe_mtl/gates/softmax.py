@@ -122,15 +122,23 @@ class SoftmaxGate(RouterGate):
 
     def choose(self, logits: Tensor, task: TaskIds | None, valid: Tensor | None) -> Routing:
         """The dense mixture of logits [m, e]."""
-        weights = logits.softmax(dim=-1)
+        weights = self.weigh(logits)
         if self.training and self.dropout > 0:
-            kept = weights * (torch.rand_like(weights) >= self.dropout)
-            total = kept.sum(dim=-1, keepdim=True)
-            weights = torch.where(total > 0, kept / total.clamp(min=torch.finfo(total.dtype).tiny), weights)
+            weights = self.drop(weights, torch.rand_like(weights) >= self.dropout)
         if self.kept is None:
             return Routing(weights, None, logits, task, valid)
         indices = self.kept.expand(logits.shape[0], -1)
         return Routing(weights.index_select(-1, self.kept), indices, logits, task, valid)
+
+    def weigh(self, logits: Tensor) -> Tensor:
+        """Weights [m, e] of logits [m, e]."""
+        return logits.softmax(dim=-1)
+
+    def drop(self, weights: Tensor, kept: Tensor) -> Tensor:
+        """Weights [m, e] with those not kept at zero and the others summing to 1; all of a token where none is kept."""
+        left = weights * kept
+        total = left.sum(dim=-1, keepdim=True)
+        return torch.where(total > 0, left / total.clamp(min=torch.finfo(total.dtype).tiny), weights)
 
     def zero_scores(self) -> None:
         """Makes, in place, every router zero: the experts a task can see then weigh the same."""
