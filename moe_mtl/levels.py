@@ -259,9 +259,9 @@ def build_trunk(
 def self_gate(dim: int, experts: int, options: Mapping[str, Any] | None) -> Gate | None:
     """The gate of the path that adds a stream's own experts, which `options["visible"]` names; None without options.
 
-    A softmax over them, or a sigmoid where every stream has a single one, whose softmax would be the constant 1 (HoME).
+    A softmax over them, or a sigmoid of each where a stream has a single one, whose softmax would be the constant 1.
     """
     if options is None:
         return None
-    single = all(len(row) == 1 for row in options["visible"])
+    single = any(len(row) == 1 for row in options["visible"])
     return create_gate("sigmoid" if single else "softmax", dim, experts, len(options["visible"]), **options)
