@@ -297,3 +297,15 @@ def shared_bottom_census() -> Recipe:
 def single_task_census() -> Recipe:
     """Single-task control of mmoe_census: a model per task; needs --data.root."""
     return _on(mmoe_census(), "runs/single_task_census", "single_task_table")
+
+
+@register
+def home_census() -> Recipe:
+    """HoME on Census-Income; needs --data.root."""
+    return _on(mmoe_census(), "runs/home_census", "home_table")
+
+
+@register
+def ple_census() -> Recipe:
+    """PLE on Census-Income; needs --data.root."""
+    return _on(mmoe_census(), "runs/ple_census", "ple_table")
