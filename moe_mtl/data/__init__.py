@@ -16,14 +16,36 @@ from moe_mtl.data.collate import collate, to_image
 
 if TYPE_CHECKING:
     from moe_mtl.data.census_income import CensusIncome
+    from moe_mtl.data.movielens import MovieLens
     from moe_mtl.data.nyuv2 import NYUv2
+    from moe_mtl.data.parkinsons import Parkinsons
     from moe_mtl.data.procroom import ProcRoom
     from moe_mtl.data.table import Table
+    from moe_mtl.data.tox21 import Tox21
 
 # file -> class; its name in DATASETS is that of the file
-_CLASSES = {"census_income": "CensusIncome", "nyuv2": "NYUv2", "procroom": "ProcRoom", "table": "Table"}
+_CLASSES = {
+    "census_income": "CensusIncome",
+    "movielens": "MovieLens",
+    "nyuv2": "NYUv2",
+    "parkinsons": "Parkinsons",
+    "procroom": "ProcRoom",
+    "table": "Table",
+    "tox21": "Tox21",
+}
 
-__all__ = ["DATASETS", "CensusIncome", "NYUv2", "ProcRoom", "Table", "collate", "to_image"]
+__all__ = [
+    "DATASETS",
+    "CensusIncome",
+    "MovieLens",
+    "NYUv2",
+    "Parkinsons",
+    "ProcRoom",
+    "Table",
+    "Tox21",
+    "collate",
+    "to_image",
+]
 
 
 class _DataSets(Mapping[str, type]):

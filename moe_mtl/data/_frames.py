@@ -332,3 +332,15 @@ def random_parts(rows: int, val: float, test: float, seed: int, groups: NDArray 
     part = np.full(len(units), "train", dtype="<U5")
     part[order[:held]], part[order[held : held + tested]] = "val", "test"
     return part[of_row]
+
+
+def generated_parts(train: int, val: int, test: int) -> NDArray:
+    """ "train", "val" or "test" for every row of a generated set: so many of each, in this order.
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+    for name, count in (("num_train", train), ("num_val", val), ("num_test", test)):
+        if count < 1:
+            raise ValueError(f"{name}: got {count}, expected at least 1 row")
+    return np.repeat(np.array(SPLITS), [train, val, test])
