@@ -58,7 +58,9 @@ def train(name: str, model_config: ModelConfig, data: Any, config: TrainerConfig
     from_data = data.model_args() if hasattr(data, "model_args") else {}
     model = create_model(model_config.name, tasks=data.task_list(), **{**from_data, **model_config.args})
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    print(f"{model_config.name}: {millions:.2f} M parameters, tasks {', '.join(task.name for task in data.task_list())}")
+    print(
+        f"{model_config.name}: {millions:.2f} M parameters, tasks {', '.join(task.name for task in data.task_list())}"
+    )
 
     run = {"recipe": name, "model": asdict(model_config), "data": asdict(data)}
     trainer = Trainer(model, data, config, run)

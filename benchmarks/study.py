@@ -38,6 +38,7 @@ def run(
     seed: int,
     *,
     test: bool = False,
+    prepare: Callable[[Any, Any], None] | None = None,
     watch: Callable[[Any, Any], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Trains a recipe with a seed and scores it, unless that was done; returns what the JSON holds.
@@ -48,6 +49,7 @@ def run(
         recipe: what to train; its `out` is not used.
         seed: of the run.
         test: score the test rows too and keep the predictions for them.
+        prepare: (fresh model, data), in place, before training.
         watch: (trained model, data) to further entries of the JSON.
 
     Returns:
@@ -67,6 +69,8 @@ def run(
     set_seed(seed)
     from_data = data.model_args() if hasattr(data, "model_args") else {}
     model = create_model(recipe.model.name, tasks=data.task_list(), **{**from_data, **recipe.model.args})
+    if prepare is not None:
+        prepare(model, data)
     trainer = Trainer(model, data, config)
     model: Any = trainer.fit()
     found = {

@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout will do
 
@@ -79,14 +78,16 @@ def census() -> str:
         [
             "## Census-Income (KDD)",
             "",
-            "AUC of income above 50,000 dollars and of never married. 99,762 people, rows % 5: 0 to 2 for training, 3 for",
-            "validation, 4 for testing. Every family was tried with the same 8 settings. `python benchmarks/census.py`.",
+            "AUC of income above 50,000 dollars and of never married. 99,762 people, rows % 5: 0 to 2 for training,",
+            "3 for validation, 4 for testing. Every family was tried with the same 8 settings.",
+            "`python benchmarks/census.py`.",
             "",
             table(
                 ["model", "k parameters", "seconds", *(f"{t}, {s}" for s in ("validation", "test") for t in tasks)],
                 rows,
             ),
-            f"The mixture with the best mean validation AUC over seeds is {best}. Differences of test AUC, 95 % intervals:",
+            f"The mixture with the best mean validation AUC over seeds is {best}.",
+            "Differences of test AUC, 95 % intervals:",
             "",
             table(["", *tasks], compared),
         ]
@@ -110,9 +111,10 @@ def speed() -> str:
         [
             "## A training step",
             "",
-            f"MMoE of {found['experts']} experts of {found['width']} units, {found['tasks']} tasks, batch {found['batch']}, "
-            f"{found['columns']} input columns, {found['threads']} threads of {found['cpu']}, torch {found['torch']}.",
-            "Ratios are to the shared bottom of as many parameters in the same round, medians with 20th and 80th percentile.",
+            f"MMoE of {found['experts']} experts of {found['width']} units, {found['tasks']} tasks,",
+            f"batch {found['batch']}, {found['columns']} input columns, {found['threads']} threads of {found['cpu']},",
+            f"torch {found['torch']}. Ratios are to the shared bottom of as many parameters in the same round, medians",
+            "with 20th and 80th percentile.",
             "The peers are modules of ours in the manner of those libraries. `python benchmarks/table_step.py`.",
             "",
             table(["", "parameters", "ms", "rows/s", "ratio"], rows),

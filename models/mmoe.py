@@ -15,7 +15,7 @@ from moe_mtl.levels import build_trunk
 from moe_mtl.registry import configure, register_model
 from moe_mtl.tasks import Task
 from moe_mtl.towers import Towers
-from moe_mtl.vector import ExpertsConfig, VectorModel, table_encoder
+from moe_mtl.vector import ExpertsConfig, VectorModel, picture_encoder, table_encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +56,10 @@ def mmoe_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """MMoE on a table: 8 experts of one layer of 64 units."""
     config = configure(MMoEConfig, {}, overrides)
     return build(tasks, config, table_encoder(config))
+
+
+@register_model
+def mmoe_lenet(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
+    """MMoE on small pictures: a LeNet, then 8 experts of one layer of 64 units."""
+    config = configure(MMoEConfig, {}, overrides)
+    return build(tasks, config, picture_encoder(config))

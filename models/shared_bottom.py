@@ -5,7 +5,7 @@ Differs: none known; sizes and encodings are those of the models they are compar
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from moe_mtl.registry import configure, register_model
 from moe_mtl.routing import Routing
 from moe_mtl.tasks import Task
 from moe_mtl.towers import Towers
-from moe_mtl.vector import VectorConfig, VectorModel, table_encoder
+from moe_mtl.vector import VectorConfig, VectorModel, picture_encoder, table_encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,19 +63,39 @@ def build(tasks: Sequence[Task], config: BottomConfig, encoder: nn.Module) -> Ve
     return VectorModel(tasks, encoder, Bottom(bottom), Towers(tasks, bottom.out_dim, config.tower, config.dropout))
 
 
+def _shared(tasks: Sequence[Task], config: BottomConfig, encoder: nn.Module) -> nn.Module:
+    model: Any = build(tasks, config, encoder)
+    model.options = asdict(config)  # what `create_model` records
+    return model
+
+
+def _single(tasks: Sequence[Task], config: BottomConfig, encoder: Callable[[BottomConfig], nn.Module]) -> nn.Module:
+    model: Any = SingleTaskSet({task.name: build((task,), config, encoder(config)) for task in tasks})
+    model.options = asdict(config)
+    return model
+
+
 @register_model
 def shared_bottom_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """One MLP of 256 units for all tasks of a table, a tower per task."""
     config = configure(BottomConfig, {}, overrides)
-    model: Any = build(tasks, config, table_encoder(config))
-    model.options = asdict(config)
-    return model
+    return _shared(tasks, config, table_encoder(config))
+
+
+@register_model
+def shared_bottom_lenet(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
+    """A LeNet and one MLP of 256 units for all tasks on small pictures, a tower per task."""
+    config = configure(BottomConfig, {}, overrides)
+    return _shared(tasks, config, picture_encoder(config))
 
 
 @register_model
 def single_task_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """One MLP of 256 units per task of a table."""
-    config = configure(BottomConfig, {}, overrides)
-    model: Any = SingleTaskSet({task.name: build((task,), config, table_encoder(config)) for task in tasks})
-    model.options = asdict(config)
-    return model
+    return _single(tasks, configure(BottomConfig, {}, overrides), table_encoder)
+
+
+@register_model
+def single_task_lenet(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
+    """A LeNet and one MLP of 256 units per task on small pictures."""
+    return _single(tasks, configure(BottomConfig, {}, overrides), picture_encoder)

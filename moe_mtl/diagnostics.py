@@ -20,7 +20,7 @@ from moe_mtl.routing import Routing
 from moe_mtl.tasks import Task
 
 DEAD = 0.01  # an expert with less than this part of the even share 1/E of the choices
-BRIEF = ("mutual_information", "load_entropy", "dead_experts")  # what training logs of `diagnose`
+BRIEF = ("mutual_information", "load_entropy", "gate_entropy", "dead_experts")  # what training logs of `diagnose`
 
 
 # ---- which experts each task uses -----------------------------------------------------------------------------------

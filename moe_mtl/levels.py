@@ -73,10 +73,10 @@ class Level(nn.Module):
         """
         needed, held = self.needed(streams), self.kept_experts
         rows = None if needed == held else [held.index(e) for e in needed]
-        place = {stream: i for i, stream in enumerate(inputs if inputs is not None else range(len(x)))}
         if x.ndim == 2:
             z = self.experts(x, rows)
         else:
+            place = {stream: i for i, stream in enumerate(inputs if inputs is not None else range(len(x)))}
             sources = self.sources if self.sources is not None else [0] * self.gate.num_experts
             z = self.experts(x[[place[sources[e]] for e in needed]], rows)
             if read is None:

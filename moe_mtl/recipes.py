@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from moe_mtl.data.census_income import CensusIncome
+from moe_mtl.data.entire_space import EntireSpaceLog
 from moe_mtl.data.nyuv2 import NYUv2
 from moe_mtl.data.procroom import ProcRoom
 from moe_mtl.data.table import Table
@@ -309,3 +310,15 @@ def home_census() -> Recipe:
 def ple_census() -> Recipe:
     """PLE on Census-Income; needs --data.root."""
     return _on(mmoe_census(), "runs/ple_census", "ple_table")
+
+
+@register
+def esmm_entire_space() -> Recipe:
+    """ESMM on a generated log of clicks and conversions whose true rates are known."""
+    return _on(_table("esmm", EntireSpaceLog()), "runs/esmm_entire_space", "esmm_table")
+
+
+@register
+def aitm_entire_space() -> Recipe:
+    """AITM on the log of esmm_entire_space, the same training."""
+    return _on(esmm_entire_space(), "runs/aitm_entire_space", "aitm_table")

@@ -34,6 +34,15 @@ def _collection(task: Task) -> MetricCollection:
     return MetricCollection(metrics, compute_groups=list(groups.values()))
 
 
+def _grouping(task: Task, metrics: MetricCollection) -> tuple[str, str] | None:
+    """The metric of a task that ranks within groups and the batch key of their ids, or None."""
+    found = {name: getattr(metric, "by", None) for name, metric in metrics.items(copy_state=False)}
+    keys = {name: by for name, by in found.items() if by is not None}
+    if len(set(keys.values())) > 1:
+        raise ValueError(f"metrics: task {task.name!r} groups by {keys}; one task groups by one key")
+    return next(iter(keys.items()), None)
+
+
 class TaskMetrics:
     """The metrics of all tasks, accumulated over a set.
 
@@ -43,12 +52,14 @@ class TaskMetrics:
         tasks: what is scored; a task without metrics is skipped.
 
     Raises:
-        ValueError: a metric is unknown, does not fit its task's kind, or refuses its arguments.
+        ValueError: a metric is unknown, does not fit its task, or refuses its arguments; or metrics of a task group by
+            different keys.
     """
 
     def __init__(self, tasks: Sequence[Task]):
         self.tasks = {task.name: task for task in check_tasks(tasks)}
         self._metrics = {name: _collection(task) for name, task in self.tasks.items() if task.metrics}
+        self._grouping = {name: _grouping(self.tasks[name], metrics) for name, metrics in self._metrics.items()}
         self.device = torch.device("cpu")
 
     def to(self, device: torch.device | str) -> "TaskMetrics":
@@ -64,11 +75,12 @@ class TaskMetrics:
         Args:
             predictions: prediction per task, shapes as in `moe_mtl.tasks`; a task left out is not scored.
             targets: label per task; tasks may be absent or None, and labels missing inside a batch are masked.
-                Other keys (the inputs) are ignored, so a whole batch can be passed.
+                Of the other keys only group ids are read, int64 [b] under the key a metric's `by` names, and the
+                inputs are ignored, so a whole batch can be passed.
 
         Raises:
-            ValueError: a prediction of an unknown task or with NaN in it, a shape that does not fit, or a label out of
-                range.
+            ValueError: a prediction of an unknown task or with NaN in it, a shape that does not fit, a label out of
+                range, or group ids that are missing or not int64 [b].
         """
         for name, prediction in predictions.items():
             if name not in self.tasks:
@@ -82,7 +94,19 @@ class TaskMetrics:
             if prediction.isnan().any():
                 raise ValueError(f"predictions: task {name!r} has NaN; the model diverged or its input holds NaN")
             task.check_target(target, f"targets[{name!r}]")
-            self._metrics[name].update(prediction, target, task.valid(target))
+            self._metrics[name].update(prediction, target, task.valid(target), **self._groups(name, targets))
+
+    def _groups(self, name: str, targets: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        grouping = self._grouping[name]
+        if grouping is None:
+            return {}
+        metric, by = grouping
+        groups = targets.get(by)
+        if not isinstance(groups, Tensor):
+            raise ValueError(
+                f"targets: no tensor {by!r}, whose ids {metric!r} of task {name!r} groups by; {nearest(by, targets)}"
+            )
+        return {"groups": groups.to(self.device)}
 
     def compute(self) -> dict[str, dict[str, float]]:
         """The values over all batches since the last reset, {task: {metric: value}}; NaN where there was no label."""

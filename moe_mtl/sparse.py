@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from moe_mtl.diagnostics import ExpertUsage
 from moe_mtl.multitask import MultiTaskModel, SingleTaskSet, evaluating
@@ -149,12 +150,13 @@ def _measure(model: MultiTaskModel, calibration: Iterable[Any]) -> tuple[dict[st
     device = next(model.parameters()).device
     with evaluating(model):
         for i, item in enumerate(calibration):
-            _, routings = model(_images(item, i).to(device), return_routing=True)
+            x = _input(item, i, model.input)
+            _, routings = model(tree_map(lambda t: t.to(device), x), return_routing=True)
             usage.update(routings)
             for name, routing in routings.items():
                 tokens[name] += len(routing.weights)
     if not all(tokens.values()):
-        raise ValueError("calibration: got no images; pass an iterable of image batches that can be read once more")
+        raise ValueError("calibration: got no samples; pass an iterable of batches that can be read once more")
     return {name: found.mass for name, found in usage.compute().items()}, tokens
 
 
@@ -176,6 +178,19 @@ def _least_used(shares: Tensor, held: Sequence[int], least: int, limit: float) -
         kept.remove(e)
         dropped += shares[:, e]
     return kept, dropped
+
+
+def _input(item: Any, position: int, name: str) -> Any:
+    """What a model that takes a batch's entry `name` is called with: images [b, c, h, w], or rows of a table."""
+    if name != "table":
+        return _images(item, position)
+    rows = item.get("table", item) if isinstance(item, Mapping) else item
+    if not isinstance(rows, Mapping) or not all(isinstance(t, Tensor) and t.ndim == 2 for t in rows.values()):
+        raise ValueError(
+            f"calibration: item {position} is a {type(item).__name__}; expected rows as a dict of tensors [b, ...], "
+            "see moe_mtl.columns, or a dict that holds them under 'table'"
+        )
+    return rows
 
 
 def _images(item: Any, position: int) -> Tensor:

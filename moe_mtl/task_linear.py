@@ -46,18 +46,23 @@ class TaskLinear(nn.Module):
         if isinstance(task, int):
             bias = None if self.bias is None else self.bias[task].to(x.dtype)
             return F.linear(x, self.weight[task].to(x.dtype), bias)
-        weight, bias = self._stacked(range(len(self.weight)) if isinstance(task, Tensor) else task, x.dtype)
         if isinstance(task, Tensor):
+            weight, bias = self._stacked(range(len(self.weight)), x.dtype)
             return grouped_linear(x, weight, bias, task)
-        blocks = x.unflatten(0, (len(task), x.shape[0] // len(task)))
-        scores = torch.bmm(blocks, weight.mT)
-        return (scores if bias is None else scores + bias.unsqueeze(1)).flatten(0, 1)
+        return self.blocks(x.unflatten(0, (len(task), x.shape[0] // len(task))), task).flatten(0, 1)
 
     def each(self, x: Tensor, tasks: Sequence[int]) -> Tensor:
         """Maps the same rows [m, d] by the matrix of each of these tasks in one product, [(t m), e]."""
+        return self.blocks(x, tasks).flatten(0, 1)
+
+    def blocks(self, x: Tensor, tasks: Sequence[int]) -> Tensor:
+        """Maps a block of rows for each of these tasks [t, m, d], or the same rows for all [m, d], to [t, m, e]."""
         weight, bias = self._stacked(tasks, x.dtype)
-        y = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
-        return y.unflatten(1, (len(tasks), -1)).transpose(0, 1).flatten(0, 1)
+        if x.ndim == 2:
+            y = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+            return y.unflatten(1, (len(tasks), -1)).transpose(0, 1)
+        y = torch.bmm(x, weight.mT)
+        return y if bias is None else y + bias.unsqueeze(1)
 
     def _stacked(self, ids: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The matrices [t, e, d] and biases [t, e] of these tasks."""

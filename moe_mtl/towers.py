@@ -11,7 +11,41 @@ from moe_mtl.task_linear import TaskLinear
 from moe_mtl.tasks import Task
 
 
-class Towers(nn.Module):
+class TaskMLP(nn.Module):
+    """ReLU layers for every task, the tasks side by side.
+
+    Args:
+        dim: width d of the inputs.
+        hidden: widths of the layers; with none the inputs are the outputs.
+        num_tasks: MLPs t.
+        dropout: share of the units dropped after each layer in training.
+    """
+
+    def __init__(self, dim: int, hidden: Sequence[int], num_tasks: int, dropout: float = 0.0):
+        super().__init__()
+        self.dropout = dropout
+        widths = (dim, *hidden)
+        self.out_dim = widths[-1]
+        self.layers = nn.ModuleList(
+            [TaskLinear(into, out, num_tasks, bias=True) for into, out in itertools.pairwise(widths)]
+        )
+
+    def forward(self, x: Tensor, ids: Sequence[int]) -> Tensor:
+        """Vectors [t, b, h] of these tasks from one vector for each [t, b, d], or from one [b, d] for all of them."""
+        for layer in self.layers:
+            x = F.dropout(F.relu(layer.blocks(x, ids)), self.dropout, self.training)  # type: ignore[operator]
+        return x if x.ndim == 3 else x.expand(len(ids), -1, -1)
+
+    def for_tasks(self, ids: Sequence[int]) -> Self:
+        """A copy that serves these tasks alone, in this order."""
+        small = type(self).__new__(type(self))
+        nn.Module.__init__(small)
+        small.dropout, small.out_dim = self.dropout, self.out_dim
+        small.layers = nn.ModuleList([layer.for_tasks(ids) for layer in self.layers])  # type: ignore[operator]
+        return small.train(self.training)
+
+
+class Towers(TaskMLP):
     """ReLU layers and an output layer for every task, the tasks side by side.
 
     Predictions have the shapes of `moe_mtl.tasks`; those of a regression task are in the unit of its labels.
@@ -27,24 +61,16 @@ class Towers(nn.Module):
     """
 
     def __init__(self, tasks: Sequence[Task], dim: int, hidden: Sequence[int] = (64,), dropout: float = 0.0):
-        super().__init__()
         for task in tasks:
             if task.is_dense:
                 raise ValueError(f"tasks: {task.name!r} of kind {task.kind} needs an image; towers read one vector")
-        self.tasks, self.dropout = tuple(tasks), dropout
-        widths = (dim, *hidden)
-        self.layers = nn.ModuleList(
-            [TaskLinear(into, out, len(tasks), bias=True) for into, out in itertools.pairwise(widths)]
-        )
-        self.out = TaskLinear(widths[-1], [task.channels for task in tasks], len(tasks), bias=True)
+        super().__init__(dim, hidden, len(tasks), dropout)
+        self.tasks = tuple(tasks)
+        self.out = TaskLinear(self.out_dim, [task.channels for task in tasks], len(tasks), bias=True)
 
-    def forward(self, x: Tensor, ids: Sequence[int]) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, ids: Sequence[int]) -> dict[str, Tensor]:  # type: ignore[override]
         """Predictions of the tasks with these ids, {name: [b] or [b, c]}, from a vector for each, [t, b, d]."""
-        rows = x.shape[1]
-        y = x.flatten(0, 1)
-        for layer in self.layers:
-            y = F.dropout(F.relu(layer(y, ids)), self.dropout, self.training)
-        y = self.out(y, ids).unflatten(0, (len(ids), rows))
+        y = self.out.blocks(super().forward(x, ids), ids)
         return {self.tasks[i].name: self._shaped(self.tasks[i], one) for i, one in zip(ids, y.unbind(0), strict=True)}
 
     @staticmethod
@@ -57,9 +83,6 @@ class Towers(nn.Module):
 
     def for_tasks(self, ids: Sequence[int]) -> Self:
         """A copy that serves these tasks alone, in this order."""
-        small = type(self).__new__(type(self))
-        nn.Module.__init__(small)
-        small.tasks, small.dropout = tuple(self.tasks[i] for i in ids), self.dropout
-        small.layers = nn.ModuleList([layer.for_tasks(ids) for layer in self.layers])  # type: ignore[operator]
-        small.out = self.out.for_tasks(ids)
+        small = super().for_tasks(ids)
+        small.tasks, small.out = tuple(self.tasks[i] for i in ids), self.out.for_tasks(ids)
         return small.train(self.training)

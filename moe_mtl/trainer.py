@@ -262,7 +262,7 @@ class Trainer:
                     raise self._diverged(f"the loss of task {task.name!r} is {value}", step)
                 losses[task.name] += value
             total = self.balancer({name: piece / share for name, piece in pieces.items()}) * share
-            extra, extras = regularizers.total(routings, config.regularizers, config.regularizer_args)
+            extra, extras = regularizers.total(routings, self._coefficients(), config.regularizer_args)
             extras |= {name: value.detach() for name, value in auxiliary.items()}
             self._note({f"regularizer/{name}": float(value) for name, value in extras.items()})
             extra = extra.to(total.device) + sum(auxiliary.values())
@@ -278,6 +278,11 @@ class Trainer:
         self.optimizer.step()
         self._note({f"loss/{name}": value for name, value in losses.items()} | {"grad_norm": norm})
         return losses
+
+    def _coefficients(self) -> Mapping[str, float]:
+        """The regularizers of the next update."""
+        config = self.config
+        return config.regularizers if self.step >= config.regularize_from * config.steps else {}
 
     def _losses(self, part: Batch, tasks: list[Task]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
         """The loss of every task on some samples, what was routed, and the model's own auxiliary losses."""

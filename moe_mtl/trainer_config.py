@@ -32,6 +32,8 @@ class TrainerConfig:
         second_order: differentiate through the trial step.
         regularizers: coefficients of `moe_mtl.regularizers`, by name. A model without routing ignores them.
         regularizer_args: keyword arguments of those, by name.
+        regularize_from: share of the updates, 0 to below 1, after which regularizers count. DSelect-k's entropy, say,
+            wants the gates to have looked at all experts first.
         precision: "bf16" is autocast with float32 weights; "auto" is bf16 on a GPU that has it, else fp32 (on a CPU
             bf16 is no faster at the widths of small models).
         device: "auto" is the first GPU, or the CPU where there is none.
@@ -68,6 +70,7 @@ class TrainerConfig:
     second_order: bool = False
     regularizers: dict[str, float] = field(default_factory=dict)
     regularizer_args: dict[str, dict[str, Any]] = field(default_factory=dict)
+    regularize_from: float = 0.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu"] = "auto"
     seed: int = 0
@@ -93,6 +96,8 @@ class TrainerConfig:
             raise ValueError(f"lr, lr_final: got {self.lr}, {self.lr_final}; expected lr > 0 and lr_final from 0 to 1")
         if not 0 < self.inner_share < 1:
             raise ValueError(f"inner_share: got {self.inner_share}, expected above 0 and below 1")
+        if not 0 <= self.regularize_from < 1:
+            raise ValueError(f"regularize_from: got {self.regularize_from}, expected from 0 to below 1")
         if self.inner_lr > 0 and self.accumulate > 1:
             raise ValueError("accumulate: a two-step update needs the whole batch at once; use 1, or inner_lr 0")
         if self.accumulate > self.batch_size:

@@ -53,9 +53,7 @@ def two_step_losses(
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     losses, routings = {}, {}
     for task in tasks:
-        inner = task.compute_loss(
-            model(select_rows(x, trial), tasks=[task.name])[task.name], targets[task.name][trial]
-        )
+        inner = task.compute_loss(model(select_rows(x, trial), tasks=[task.name])[task.name], targets[task.name][trial])
         steps = torch.autograd.grad(inner, list(weights.values()), create_graph=second_order, materialize_grads=True)
         ahead = {name: w - inner_lr * step for (name, w), step in zip(weights.items(), steps, strict=True)}
         predictions, layers = functional_call(

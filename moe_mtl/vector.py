@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from moe_mtl.columns import Column, read_columns
 from moe_mtl.embeddings import FlatColumns
+from moe_mtl.lenet import LeNet
 from moe_mtl.multitask import present_ids, select_rows, task_ids
 from moe_mtl.tasks import Task, check_tasks
 
@@ -23,7 +24,9 @@ class VectorConfig:
     """What all models of one vector per sample share.
 
     Attributes:
-        columns: of the table, as `Column.to_dict` writes them; a data set's `columns()`. A recipe fills them in.
+        columns: of the table, as `Column.to_dict` writes them; a data set's `columns()`. A recipe fills them in. Models
+            for pictures have none.
+        side: height and width of the pictures of a model for pictures, in pixels.
         embedding_dim: width of the embedding of a category or a set.
         numeric: encoding of numbers, "standard" or "piecewise", see `moe_mtl.embeddings.NumericEncoder`.
         tower: widths of the hidden layers of every task's tower.
@@ -31,6 +34,7 @@ class VectorConfig:
     """
 
     columns: Sequence[Mapping[str, Any]] = ()
+    side: int = 36
     embedding_dim: int = 8
     numeric: str = "piecewise"
     tower: Sequence[int] = (64,)
@@ -125,6 +129,11 @@ class VectorModel(nn.Module):
         if "layout" in getattr(model, "config", {}).get("args", {}):
             model.config["args"]["layout"] = model.trunk.layout()  # type: ignore[operator]
         return model
+
+
+def picture_encoder(config: VectorConfig) -> LeNet:
+    """The encoder of pictures of one colour to one vector each."""
+    return LeNet(config.side)
 
 
 def table_encoder(config: VectorConfig) -> FlatColumns:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,9 +186,12 @@ def test_importing_the_room_leaves_datasets_alone():
 
 
 def test_data_sets_are_found_by_name():
-    assert {"procroom": moe_mtl.data.ProcRoom, "nyuv2": moe_mtl.data.NYUv2} == moe_mtl.data.DATASETS
+    folder = Path(moe_mtl.data.__file__).parent
+    assert set(moe_mtl.data.DATASETS) == {file.stem for file in folder.glob("[!_]*.py")} - {"collate"}
+    assert moe_mtl.data.DATASETS["procroom"] is moe_mtl.data.ProcRoom
     for data_set in moe_mtl.data.DATASETS.values():
-        assert callable(data_set.tasks)
+        assert data_set.__name__ in moe_mtl.data.__all__
+        assert callable(data_set.task_list)
         assert callable(data_set.split)
     with pytest.raises(AttributeError, match="COCO"):
         moe_mtl.data.COCO  # noqa: B018

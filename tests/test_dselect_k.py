@@ -37,8 +37,8 @@ def test_smooth_step_by_hand():
 
 def test_weights_by_hand():
     # gamma = 2, four experts, codes (bit 0, bit 1): 0 = 00, 1 = 10, 2 = 01, 3 = 11. Selector 1, z = (1/2, 0): S =
-    # (27/32, 1/2), so r = (5, 27, 5, 27) / 64. Selector 2, z = (-1, 1): S = (0, 1), so r = expert 2 alone. softmax(log 3, 0) =
-    # (3/4, 1/4): q = 3/4 r1 + 1/4 r2 = (15, 81, 15 + 64, 81) / 256.
+    # (27/32, 1/2), so r = (5, 27, 5, 27) / 64. Selector 2, z = (-1, 1): S = (0, 1), so r = expert 2 alone.
+    # softmax(log 3, 0) = (3/4, 1/4): q = 3/4 r1 + 1/4 r2 = (15, 81, 15 + 64, 81) / 256.
     gate = static(4, [[0.5, 0.0], [-1.0, 1.0]], [math.log(3), 0.0], gamma=2.0)
     routing = gate(X, 0)
     torch.testing.assert_close(routing.weights, torch.tensor([[15, 81, 79, 81]]).expand(6, 4) / 256)

@@ -6,11 +6,14 @@ import statistics
 
 import pytest
 import torch
+from torchmetrics.utilities import dim_zero_cat
 
 from moe_mtl.metrics import (
     ANGLE_BIN,
     METRICS,
+    R2,
     EdgeF,
+    LogLoss,
     MaxF,
     MetricInfo,
     RelError,
@@ -23,10 +26,11 @@ from moe_mtl.tasks import KINDS, Task
 NAN = float("nan")
 
 
-def task_for(metric: str, **args) -> Task:
-    """A task of a kind the metric scores, with that metric alone."""
-    kind = min(METRICS[metric].kinds)
+def task_for(metric: str, kind: str, **args) -> Task:
+    """A task of that kind with that metric alone."""
     channels = {"classification": 4, "multilabel": 3, "segmentation": 4, "normals": 3}.get(kind, 1)
+    if kind == "classification" and metric in ("auc", "average_precision", "grouped_auc"):
+        channels = 2
     loss = {"classification": "cross_entropy", "segmentation": "cross_entropy", "normals": "cosine"}.get(kind, "l1")
     return Task(name="t", kind=kind, channels=channels, loss=loss, metrics={metric: args})
 
@@ -39,14 +43,16 @@ def score(task: Task, *batches: tuple[torch.Tensor, torch.Tensor | None]) -> dic
     return metrics.compute()[task.name]
 
 
-def make_target(task: Task, b: int = 6, size: int = 12) -> torch.Tensor:
-    """A target without missing labels; maps have both positives and negatives."""
+def make_target(task: Task, b: int = 24, size: int = 12) -> torch.Tensor:
+    """A target without missing labels; every label, and every map, has both positives and negatives."""
     hw = (size, size)
     match task.kind:
         case "classification":
-            return torch.randint(0, task.channels, (b,))
+            return torch.arange(b) // 3 % task.channels
+        case "binary":
+            return (torch.arange(b) // 3 % 2).float()
         case "multilabel":
-            return (torch.rand(b, task.channels) < 0.5).float()
+            return (torch.arange(b)[:, None] // (1 + torch.arange(task.channels)) % 2).float()
         case "regression":
             return torch.rand(b) + 1.0
         case "segmentation":
@@ -61,10 +67,11 @@ def make_target(task: Task, b: int = 6, size: int = 12) -> torch.Tensor:
 
 def perfect(task: Task, target: torch.Tensor) -> torch.Tensor:
     """The prediction that is right everywhere."""
+    sure = 60 if "log_loss" in task.metrics else 9
     if task.kind in ("classification", "segmentation"):
-        return torch.nn.functional.one_hot(target, task.channels).float().movedim(-1, 1) * 9
-    if task.kind in ("multilabel", "binary_map"):
-        return (target - 0.5) * 9
+        return torch.nn.functional.one_hot(target, task.channels).float().movedim(-1, 1) * sure
+    if task.kind in ("binary", "multilabel", "binary_map"):
+        return (target - 0.5) * sure
     return target.clone()
 
 
@@ -76,7 +83,11 @@ def noisy(task: Task, target: torch.Tensor) -> torch.Tensor:
 
 
 IDEAL = {name: 1.0 if info.higher_is_better else 0.0 for name, info in METRICS.items()}
-every_metric = pytest.mark.parametrize("name", METRICS)
+# what holds of every metric for every kind of task it scores; grouped_auc needs groups, see test_ranking_metrics.py
+every_metric = pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name, info in METRICS.items() if name != "grouped_auc" for kind in sorted(info.kinds)],
+)
 
 
 # --- the register ---------------------------------------------------------------------------------------------------
@@ -85,6 +96,7 @@ every_metric = pytest.mark.parametrize("name", METRICS)
 def test_every_metric_a_task_constructor_names_exists_and_fits():
     tasks = [
         Task.classification("a", 3),
+        Task.binary("i"),
         Task.multilabel("b", 3),
         Task.regression("c"),
         Task.segmentation("d", 3),
@@ -99,9 +111,11 @@ def test_every_metric_a_task_constructor_names_exists_and_fits():
 
 
 def test_directions_and_descriptions():
-    lower = {"abs_error", "rel_error", "rmse", "angle_mean", "angle_median"}
+    lower = {"abs_error", "rel_error", "rmse", "angle_mean", "angle_median", "log_loss"}
     assert {name for name, info in METRICS.items() if not info.higher_is_better} == lower
-    assert all(len(info.description) > 10 and info.unit in ("share", "label", "degree") for info in METRICS.values())
+    assert all(
+        len(info.description) > 10 and info.unit in ("share", "label", "degree", "nat") for info in METRICS.values()
+    )
 
 
 def test_a_metric_of_ones_own_can_be_registered(monkeypatch):
@@ -114,8 +128,8 @@ def test_a_metric_of_ones_own_can_be_registered(monkeypatch):
 
 
 @every_metric
-def test_perfect_is_ideal_and_constant_is_not(name):
-    task = task_for(name)
+def test_perfect_is_ideal_and_constant_is_not(name, kind):
+    task = task_for(name, kind)
     target = make_target(task)
     tolerance = ANGLE_BIN if name == "angle_median" else 1e-6
     assert score(task, (perfect(task, target), target))[name] == pytest.approx(IDEAL[name], abs=tolerance)
@@ -124,19 +138,19 @@ def test_perfect_is_ideal_and_constant_is_not(name):
 
 
 @every_metric
-def test_batches_accumulate_to_the_whole_set(name):
-    task = task_for(name)
+def test_batches_accumulate_to_the_whole_set(name, kind):
+    task = task_for(name, kind)
     target = make_target(task)
     prediction = noisy(task, target)
     whole = score(task, (prediction, target))[name]
-    parts = score(task, *((prediction[i:j], target[i:j]) for i, j in ((0, 1), (1, 4), (4, 6))))[name]
+    parts = score(task, *((prediction[i:j], target[i:j]) for i, j in ((0, 1), (1, 4), (4, 24))))[name]
     assert parts == pytest.approx(whole, rel=1e-9)
     assert whole != pytest.approx(IDEAL[name], abs=1e-3)  # a trivial value would prove nothing
 
 
 @every_metric
-def test_unlabelled_samples_and_batches_change_nothing(name):
-    task = task_for(name)
+def test_unlabelled_samples_and_batches_change_nothing(name, kind):
+    task = task_for(name, kind)
     target = make_target(task)
     prediction = noisy(task, target)
     missing = torch.stack([task.missing(t) for t in target])
@@ -146,13 +160,13 @@ def test_unlabelled_samples_and_batches_change_nothing(name):
 
 
 @every_metric
-def test_unlabelled_entries_change_nothing(name):
-    task = task_for(name)
+def test_unlabelled_entries_change_nothing(name, kind):
+    task = task_for(name, kind)
     target = make_target(task)
     prediction = noisy(task, target)
     blank = target.clone()
     if target.ndim == 1:
-        blank[::2] = task.missing(target[0])
+        blank[:7] = task.missing(target[0])  # shares of 17 and of 24 differ
     else:
         blank[..., ::2] = task.missing(target)[..., ::2]
     labelled = task.valid(blank)
@@ -164,8 +178,8 @@ def test_unlabelled_entries_change_nothing(name):
 
 
 @every_metric
-def test_no_label_at_all_is_nan(name):
-    task = task_for(name)
+def test_no_label_at_all_is_nan(name, kind):
+    task = task_for(name, kind)
     target = make_target(task)
     prediction = noisy(task, target)
     missing = torch.stack([task.missing(t) for t in target])
@@ -175,15 +189,16 @@ def test_no_label_at_all_is_nan(name):
 
 
 @every_metric
-def test_two_processes_sum_their_states(name):
+def test_two_processes_sum_their_states(name, kind):
     # what each process would gather: its own state and the other's, in the order torchmetrics asks for them
-    task = task_for(name)
+    task = task_for(name, kind)
     target = make_target(task)
     prediction = noisy(task, target)
     ranks = [metric_info(name).factory(task) for _ in range(2)]
-    for metric, rows in zip(ranks, (slice(0, 2), slice(2, 6)), strict=True):
+    for metric, rows in zip(ranks, (slice(0, 2), slice(2, 24)), strict=True):
         metric.update(prediction[rows], target[rows], task.valid(target[rows]))
-    theirs = iter([getattr(ranks[1], state) for state in ranks[1]._reductions])
+    states = [getattr(ranks[1], state) for state in ranks[1]._reductions]
+    theirs = iter([dim_zero_cat(state) if isinstance(state, list) else state for state in states])
     ranks[0].distributed_available_fn = lambda: True
     ranks[0].dist_sync_fn = lambda mine, group=None: [mine, next(theirs)]
     assert ranks[0].compute().item() == pytest.approx(score(task, (prediction, target))[name], rel=1e-9)
@@ -203,8 +218,8 @@ def test_every_compute_takes_part_in_the_exchange():
 
 
 @every_metric
-def test_half_precision_and_gradients_do_not_matter(name):
-    task = task_for(name)
+def test_half_precision_and_gradients_do_not_matter(name, kind):
+    task = task_for(name, kind)
     target = make_target(task)
     prediction = noisy(task, target).bfloat16()
     half = score(task, (prediction.requires_grad_(), target))[name]
@@ -225,6 +240,122 @@ def test_binary_accuracy_by_hand():
     # entries: right, wrong / unlabelled, right -> 2 of 3; logit 0 counts as no
     logits, labels = torch.tensor([[1.0, 1.0], [9.0, 0.0]]), torch.tensor([[1.0, 0.0], [NAN, 0.0]])
     assert score(Task.multilabel("tags", 2), (logits, labels)) == {"binary_accuracy": pytest.approx(2 / 3)}
+
+
+def test_binary_accuracy_of_one_logit_a_sample():
+    # right, wrong, unlabelled
+    task = Task.binary("click", metrics={"binary_accuracy": {}})
+    assert score(task, (torch.tensor([1.0, 1.0, 1.0]), torch.tensor([1.0, 0.0, NAN]))) == {"binary_accuracy": 0.5}
+
+
+LN = math.log
+
+
+def test_log_loss_of_binary_labels_by_hand():
+    # odds 3 to 1 on: the probability of yes is 3/4 for logit ln 3, 1/4 for -ln 3
+    # yes at 3/4, no at 3/4, no at 1/4, unlabelled: -(ln 3/4 + ln 1/4 + ln 3/4) / 3
+    task = Task.binary("click", metrics={"log_loss": {}})
+    logits, labels = torch.tensor([LN(3), LN(3), -LN(3), 5.0]), torch.tensor([1.0, 0.0, 0.0, NAN])
+    expected = (2 * LN(4 / 3) + LN(4)) / 3
+    assert score(task, (logits, labels))["log_loss"] == pytest.approx(expected, rel=1e-6)
+    # pooled: the batches of one and two samples have means ln 4/3 and (ln 4 + ln 4/3) / 2, which weigh 1 to 2
+    parts = score(task, (logits[:1], labels[:1]), (logits[1:], labels[1:]))
+    assert parts["log_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_log_loss_of_one_class_alone_is_defined():
+    task = Task.binary("click", metrics={"log_loss": {}})
+    assert score(task, (torch.zeros(2), torch.ones(2)))["log_loss"] == pytest.approx(LN(2))
+
+
+def test_log_loss_of_classes_by_hand():
+    # logits ln 1, ln 2, ln 5: probabilities 1/8, 2/8, 5/8. Labels 2, 0 and none: (ln 8/5 + ln 8) / 2
+    task = Task.classification("income", 3, metrics={"log_loss": {}})
+    logits = torch.tensor([[LN(1), LN(2), LN(5)]]).repeat(3, 1)
+    expected = (LN(8 / 5) + LN(8)) / 2
+    assert score(task, (logits, torch.tensor([2, 0, -100])))["log_loss"] == pytest.approx(expected, rel=1e-6)
+    other = Task.classification("income", 3, metrics={"log_loss": {}}, ignore_index=255)
+    assert score(other, (logits, torch.tensor([2, 0, 255])))["log_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_log_loss_of_several_labels_is_their_mean():
+    # label 0: yes at 3/4 twice -> ln 4/3. label 1: no at 3/4 once, once unlabelled -> ln 4. label 2: never labelled
+    # mean over two labels (ln 4/3 + ln 4) / 2; pooled over the entries it would be (2 ln 4/3 + ln 4) / 3
+    task = Task.multilabel("tags", 3, metrics={"log_loss": {}})
+    labels = torch.tensor([[1.0, 0.0, NAN], [1.0, NAN, NAN]])
+    result = score(task, (torch.full((2, 3), LN(3)), labels))
+    assert result["log_loss"] == pytest.approx((LN(4 / 3) + LN(4)) / 2, rel=1e-6)
+
+
+def test_log_loss_of_a_confident_mistake_is_its_logit():
+    # -ln sigmoid(-200) = 200 + ln(1 + e^-200); the probability itself is 0 in float32. And e^-40 is not lost beside 1
+    task = Task.binary("click", metrics={"log_loss": {}})
+    assert score(task, (torch.tensor([200.0]), torch.zeros(1)))["log_loss"] == pytest.approx(200.0)
+    assert score(task, (torch.tensor([40.0]), torch.ones(1)))["log_loss"] == pytest.approx(math.exp(-40), rel=1e-6)
+
+
+def test_log_loss_of_a_label_between_no_and_yes():
+    # a label of 1/4 at probability 3/4: -(1/4 ln 3/4 + 3/4 ln 1/4)
+    metric = LogLoss()
+    metric.update(torch.tensor([LN(3)]), torch.tensor([0.25]), torch.tensor([True]))
+    assert metric.compute().item() == pytest.approx(LN(4 / 3) / 4 + 3 * LN(4) / 4, rel=1e-6)
+
+
+def explained(prediction: list, target: list, **task) -> float:
+    """r2 of a regression task, in batches of two."""
+    prediction, target = torch.tensor(prediction), torch.tensor(target)
+    task = Task.regression("t", metrics={"r2": {}}, **task)
+    return score(task, *zip(prediction.split(2), target.split(2), strict=True))["r2"]
+
+
+def test_r2_by_hand():
+    # labels 1 2 6 -, mean 3, squares about it 4 + 1 + 9 = 14; predictions 1 3 4: squared errors 0 + 1 + 4 = 5
+    assert explained([1.0, 3.0, 4.0, 9.0], [1.0, 2.0, 6.0, NAN]) == pytest.approx(9 / 14)
+    # the mean label explains nothing; 6 has squared errors 25 + 16 + 0 = 41
+    assert explained([3.0] * 3, [1.0, 2.0, 6.0]) == pytest.approx(0.0)
+    assert explained([6.0] * 3, [1.0, 2.0, 6.0]) == pytest.approx(1 - 41 / 14)
+
+
+def test_r2_of_several_values_is_their_mean():
+    # value 0: 9/14 as above. value 1: labels 0 2 -, squares 2, predictions 0 1: error 1 -> 1/2. value 2: all labels
+    # equal, left out. (9/14 + 1/2) / 2
+    prediction = [[1.0, 0.0, 1.0], [3.0, 1.0, 2.0], [4.0, 7.0, 3.0]]
+    target = [[1.0, 0.0, 0.1], [2.0, 2.0, 0.1], [6.0, NAN, 0.1]]
+    assert explained(prediction, target, num_values=3) == pytest.approx((9 / 14 + 1 / 2) / 2)
+
+
+@pytest.mark.parametrize("labels", [[0.1] * 7, [5.0], [0.1] * 3 + [NAN]])
+def test_r2_of_labels_that_are_all_equal_is_nan(labels):
+    assert math.isnan(explained([0.3] * len(labels), labels))
+    metric = R2()
+    metric.update(torch.zeros(7), torch.full((7,), 0.1, dtype=torch.float64), torch.ones(7).bool())
+    assert metric.moments[2].item() != 0  # seven times 0.1 is not 0.7: a variance of 1e-33, a share of minus 1e31
+    assert math.isnan(metric.compute().item())
+
+
+def test_r2_counts_what_the_mask_says():
+    # the first example with a label the mask leaves out
+    metric = R2()
+    prediction, target = torch.tensor([1.0, 3.0, 4.0, 9.0]), torch.tensor([1.0, 2.0, 6.0, -50.0])
+    metric.update(prediction, target, torch.tensor([True, True, True, False]))
+    assert metric.compute().item() == pytest.approx(9 / 14)
+
+
+def test_r2_of_labels_far_from_zero():
+    # as labels 0 1 2 3: squares 5, squared errors 4 * 1/4 -> 1 - 1/5; sums of y and of y^2 would lose them all
+    far = [1e8 + i for i in range(4)]
+    metric = R2()
+    for y in far:  # one sample a batch
+        y = torch.tensor([y], dtype=torch.float64)
+        metric.update(y + 0.5, y, torch.tensor([True]))
+    assert metric.compute().item() == pytest.approx(0.8, rel=1e-9)
+
+
+def test_an_empty_batch_changes_nothing():
+    task = Task.regression("t", metrics={"r2": {}, "rmse": {}})
+    batch = (torch.tensor([1.0, 3.0, 4.0]), torch.tensor([1.0, 2.0, 6.0]))
+    empty = (torch.zeros(0), torch.zeros(0))
+    assert score(task, empty, batch, empty) == score(task, batch)
 
 
 def as_logits(ids: list[int], classes: int) -> torch.Tensor:
@@ -599,7 +730,7 @@ def test_no_change_is_no_gain():
 
 @pytest.mark.parametrize(("metric", "direction"), [(n, 1 if i.higher_is_better else -1) for n, i in METRICS.items()])
 def test_more_of_a_good_metric_is_a_gain(metric, direction):
-    task = task_for(metric)
+    task = task_for(metric, min(METRICS[metric].kinds))
     gain = multi_task_gain({"t": {metric: 0.6}}, {"t": {metric: 0.5}}, [task])
     assert gain["delta_task"] == pytest.approx(direction * 20)
     assert gain["delta_metric"] == pytest.approx(-direction * 20)

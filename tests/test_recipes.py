@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import moe_mtl
-from moe_mtl.data.nyuv2 import NYUv2
+from moe_mtl.data import DATASETS
+from moe_mtl.data._frames import TableData
 from moe_mtl.data.procroom import ProcRoom
 from moe_mtl.recipes import RECIPES, get_recipe, list_recipes
-from moe_mtl.tasks import nearest
+from moe_mtl.tasks import Task, nearest
 from moe_mtl.trainer_config import TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,11 +43,18 @@ def train():
 def test_a_recipe_is_complete(name):
     recipe = get_recipe(name)
     # what is validated on construction is valid, and the model exists and predicts the tasks of the data
-    model = moe_mtl.create_model(recipe.model.name, tasks=recipe.data.task_list(), **recipe.model.args)
-    assert [task.name for task in model.tasks] == [task.name for task in recipe.data.task_list()]
+    read = isinstance(recipe.data, TableData) and hasattr(recipe.data, "root")  # tells tasks and columns of its files
+    tasks = [Task.binary("a"), Task.regression("b")] if read else recipe.data.task_list()
+    columns = {"columns": [{"name": "x", "kind": "vector", "size": 3}]} if read else {}
+    if isinstance(recipe.data, TableData) and not read:
+        columns = recipe.data.model_args()
+    model = moe_mtl.create_model(recipe.model.name, tasks=tasks, **columns, **recipe.model.args)
+    assert [task.name for task in model.tasks] == [task.name for task in tasks]
     assert isinstance(recipe.trainer, TrainerConfig) and recipe.trainer.out.startswith("runs/")
     assert json.loads(json.dumps(recipe.to_dict()))["model"]["name"] == recipe.model.name
-    assert isinstance(recipe.data, ProcRoom if "procroom" in name else NYUv2)
+    ending = "procroom" if name == "procroom_demo" else name.rpartition("_")[2]
+    (data,) = [kind for kind in DATASETS if ending in kind.split("_") or ending == kind]
+    assert type(recipe.data) is DATASETS[data]
 
 
 def test_runs_do_not_share_a_folder():

@@ -198,9 +198,7 @@ def test_one_expert_and_all_experts(per_task):
     assert z_loss(mixture).item() == approx(2.5 * LOG2**2)
 
 
-@pytest.mark.parametrize(
-    "name, options", [(name, {}) for name in OF_SCORES] + [("importance", {"source": "weights"})]
-)
+@pytest.mark.parametrize("name, options", [(name, {}) for name in OF_SCORES] + [("importance", {"source": "weights"})])
 def test_gradients_are_those_of_the_formula(name, options):
     base = random_routing(m=6, experts=4)
     noise = (base.noisy_logits - base.logits).detach()

@@ -350,7 +350,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "calibration, message",
         [
-            ([], "got no images"),
+            ([], "got no samples"),
             ([images(1)[0, 0]], "item 0 is a Tensor of shape"),
             ([images(1), {"picture": images(1)}], "item 1 is a dict of picture"),
             ([(images(1), 3)], "item 0 is a tuple"),

@@ -14,6 +14,7 @@ NAN = float("nan")
 TASKS = {
     "classification": Task.classification("scene", 3),
     "multilabel": Task.multilabel("tags", 4),
+    "binary": Task.binary("click"),
     "regression": Task.regression("age"),
     "segmentation": Task.segmentation("semseg", 5),
     "depth": Task.depth(),
@@ -30,6 +31,8 @@ def make_batch(task: Task, b: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.randn(b, c), torch.randint(0, c, (b,))
         case "multilabel":
             return torch.randn(b, c), torch.randint(0, 2, (b, c)).float()
+        case "binary":
+            return torch.randn(b), torch.randint(0, 2, (b,)).float()
         case "regression":
             return torch.randn(b), torch.randn(b)
         case "segmentation":

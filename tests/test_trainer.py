@@ -338,7 +338,9 @@ def test_evaluation_says_how_tasks_use_experts(tmp_path):
     expected = {"mutual_information": entropy, "load_entropy": entropy / math.log(3), "dead_experts": 1}
     (val,) = [record for record in records(tmp_path) if record["split"] == "val"]
     assert val["routing"].keys() == {"layer"} and val["metrics"].keys() == {"semseg", "depth", "scene"}
-    assert val["routing"]["layer"] == pytest.approx(expected)
+    layer = val["routing"]["layer"]
+    assert 0 < layer.pop("gate_entropy") < math.log(3)
+    assert layer == pytest.approx(expected)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (event,) = events.Scalars("val/routing/layer/mutual_information")
     assert event.step == 12 and event.value == pytest.approx(entropy)

@@ -16,20 +16,32 @@ from moe_mtl.data.collate import collate, to_image
 
 if TYPE_CHECKING:
     from moe_mtl.data.census_income import CensusIncome
+    from moe_mtl.data.click_log import ClickLog
+    from moe_mtl.data.entire_space import EntireSpaceLog
+    from moe_mtl.data.expert_recovery import ExpertRecovery
     from moe_mtl.data.movielens import MovieLens
+    from moe_mtl.data.multi_mnist import MultiMNIST
+    from moe_mtl.data.multitab_bench import MultiTabBench
     from moe_mtl.data.nyuv2 import NYUv2
     from moe_mtl.data.parkinsons import Parkinsons
     from moe_mtl.data.procroom import ProcRoom
+    from moe_mtl.data.related_regression import RelatedRegression
     from moe_mtl.data.table import Table
     from moe_mtl.data.tox21 import Tox21
 
 # file -> class; its name in DATASETS is that of the file
 _CLASSES = {
     "census_income": "CensusIncome",
+    "click_log": "ClickLog",
+    "entire_space": "EntireSpaceLog",
+    "expert_recovery": "ExpertRecovery",
     "movielens": "MovieLens",
+    "multi_mnist": "MultiMNIST",
+    "multitab_bench": "MultiTabBench",
     "nyuv2": "NYUv2",
     "parkinsons": "Parkinsons",
     "procroom": "ProcRoom",
+    "related_regression": "RelatedRegression",
     "table": "Table",
     "tox21": "Tox21",
 }
@@ -37,10 +49,16 @@ _CLASSES = {
 __all__ = [
     "DATASETS",
     "CensusIncome",
+    "ClickLog",
+    "EntireSpaceLog",
+    "ExpertRecovery",
     "MovieLens",
+    "MultiMNIST",
+    "MultiTabBench",
     "NYUv2",
     "Parkinsons",
     "ProcRoom",
+    "RelatedRegression",
     "Table",
     "Tox21",
     "collate",

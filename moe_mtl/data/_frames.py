@@ -202,8 +202,8 @@ def read_numbers(values: "Series") -> NDArray[np.float64]:
     wrong = numbers.isna() & values.notna()
     if wrong.any():
         raise ValueError(
-            f"columns: {values.name!r} is numeric, but {int(wrong.sum())} of {len(values)} rows are no numbers, such as "
-            f"{values[wrong].iloc[0]!r}; mend them, or give it the kind categorical"
+            f"columns: {values.name!r} is numeric, but {int(wrong.sum())} of {len(values)} rows are no numbers, such "
+            f"as {values[wrong].iloc[0]!r}; mend them, or give it the kind categorical"
         )
     array = numbers.to_numpy(dtype=np.float64, na_value=math.nan)
     if np.isinf(array).any():

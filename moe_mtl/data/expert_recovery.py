@@ -15,11 +15,11 @@ from moe_mtl.tasks import Task
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertRecovery(TableData):
-    """T tasks in K clusters; the label of a task is a linear read-out of the mean of its cluster's k of E experts.
+    """T tasks in K clusters; a task's label is a linear read-out of the mean of k of E experts, those of its cluster.
 
-    Expert e is tanh(W_e x + b_e), x ~ N(0, 1), W_e and b_e drawn once. Which experts a cluster has is drawn too, without
-    replacement while there are enough. `expert_weights()` gives a model the true experts, so that only its gates and
-    read-outs are learned and the experts it selects can be compared with `true_experts()` by their ids.
+    Expert e is tanh(W_e x + b_e), x ~ N(0, 1), W_e and b_e drawn once. Which experts a cluster has is drawn too,
+    without replacement while there are enough. `expert_weights()` gives a model the true experts, so that only its
+    gates and read-outs are learned and the experts it selects can be compared with `true_experts()` by their ids.
 
     Tasks `y0`, ..., regressions of standard deviation 1. Input: one vector `x`.
 

@@ -25,8 +25,8 @@ DAMPING = 5.0  # ratings at the overall mean that a user's or movie's mean start
 class MovieLens(TableData):
     """MovieLens.
 
-    Tasks: `watch`, binary, 1 for a rated movie and 0 for one drawn at random among those the user never rated; `rating`,
-    a regression in stars, 0.5 to 5, missing for movies not watched.
+    Tasks: `watch`, binary, 1 for a rated movie and 0 for one drawn at random among those the user never rated;
+    `rating`, a regression in stars, 0.5 to 5, missing for movies not watched.
 
     Inputs: user and movie, the movie's genres and year, and how often and how well user and movie are rated. These come
     from training ratings alone, for a training row from those of other folds. `watch` is also measured per user, by

@@ -2,8 +2,8 @@
 
 Paper: Ma et al. 2018, MMoE, https://dl.acm.org/doi/10.1145/3219819.3220007 (section 3.2: synthetic data).
 Differs: the paper does not give the frequencies and phases of its sines. "paper" takes alpha_j = j and beta_j = (j-1)^2
-    for 10 sines and noise of standard deviation 0.01, as the generator its authors released; "learnable" draws 4 of each,
-    from U(0.5, 2) and U(0, 2 pi), which small networks can fit.
+    for 10 sines and noise of standard deviation 0.01, as the generator its authors released; "learnable" draws 4 of
+    each, from U(0.5, 2) and U(0, 2 pi), which small networks can fit.
 """
 
 from dataclasses import dataclass
@@ -74,7 +74,9 @@ class RelatedRegression(TableData):
             labels={"first": y[:, 0], "second": y[:, 1]},
             part=part,
             tasks=tuple(
-                Task.regression(name, mean=float(own[:, i].mean()), std=float(own[:, i].std()), metrics={"rmse": {}, "r2": {}})
+                Task.regression(
+                    name, mean=float(own[:, i].mean()), std=float(own[:, i].std()), metrics={"rmse": {}, "r2": {}}
+                )
                 for i, name in enumerate(("first", "second"))
             ),
             vectors={"x": x.astype(np.float32)},

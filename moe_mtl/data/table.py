@@ -33,8 +33,8 @@ class Table(TableData):
 
     Attributes:
         root: the file: CSV or TSV (also compressed) or Parquet.
-        tasks: the label columns, separated by commas, each with its kind after a colon where the guess is wrong: binary,
-            classification or regression.
+        tasks: the label columns, separated by commas, each with its kind after a colon where the guess is wrong:
+            binary, classification or regression.
         kinds: kinds of input columns where the guess is wrong: numeric, categorical or multihot (members between `|`).
         drop: input columns to leave out, such as row numbers.
         split_by: a column that says "train", "val" or "test" per row; None to draw the splits.
@@ -76,8 +76,8 @@ class Table(TableData):
             wrong = ~np.isin(part, SPLITS)
             if wrong.any():
                 raise ValueError(
-                    f"split_by: {self.split_by!r} is {frame[self.split_by][wrong].iloc[0]!r} in one of {int(wrong.sum())} "
-                    f"rows of {len(frame)}; expected {', '.join(SPLITS)}"
+                    f"split_by: {self.split_by!r} is {frame[self.split_by][wrong].iloc[0]!r} in one of "
+                    f"{int(wrong.sum())} rows of {len(frame)}; expected {', '.join(SPLITS)}"
                 )
         else:
             groups = None if self.group is None else frame[self.group].astype(str).to_numpy()
@@ -160,8 +160,8 @@ def read_label(values: "Series", kind: str | None, train: NDArray) -> tuple[Task
     strange = found.isna() & values.notna()
     if strange.any():
         raise ValueError(
-            f"tasks: {name!r} is {values[strange].iloc[0]!r} in one of {int(strange.sum())} rows of {len(values)}, which "
-            "no training row has; drop these rows, empty the field, or draw the splits with another seed"
+            f"tasks: {name!r} is {values[strange].iloc[0]!r} in one of {int(strange.sum())} rows of {len(values)}, "
+            "which no training row has; drop these rows, empty the field, or draw the splits with another seed"
         )
     if kind == "binary":
         if len(distinct) < 2:

@@ -1,11 +1,4 @@
-"""Metrics by name; `moe_mtl.scoring` runs them over a whole set for all tasks.
-
-Every metric is a `torchmetrics.Metric` whose states are sums, so that a set scored in batches, or on several
-processes, gives the number of the set scored at once, never an average of batch averages. `update` takes the
-prediction and target of `moe_mtl.tasks` and a bool mask of the entries that carry a label; what the mask leaves out
-counts nowhere. Without any label the value is NaN.
-
-Importing this file costs seconds (torchmetrics pulls transformers), so nothing light imports it.
+"""Metrics of maps: segmentation, normals, edges and saliency.
 
 Differs:
     edge_f is not the odsF of the edge literature but its offline substitute "odsF-dt": a pixel is matched when a
@@ -16,78 +9,15 @@ Differs:
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from moe_mtl.tasks import Task, nearest
+from moe_mtl.metrics._summed import Summed, ratio
 
 ANGLE_BIN = 0.01  # degrees, the resolution of angle_median
-
-
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole in float64, NaN where whole is 0."""
-    return part.double() / torch.where(whole > 0, whole.double(), float("nan"))
-
-
-class _Summed(Metric):
-    """Base of the metrics here: scalar sums as states, no gradient, one `update` a batch.
-
-    `state_group` names metrics whose states and `update` are the same, so that a task using several computes them once.
-    """
-
-    state_group: str | None = None
-    full_state_update = False
-    is_differentiable = False
-
-    def add_sums(self, *names: str, size: int | None = None, dtype: torch.dtype = torch.float64) -> None:
-        """Adds zero states of shape [] or [size]; float64, since float32 loses counts above 16.7 million."""
-        for name in names:
-            self.add_state(name, torch.zeros(() if size is None else size, dtype=dtype), dist_reduce_fx="sum")
-
-
-class Accuracy(_Summed):
-    """Share of labelled samples whose largest logit is the label's."""
-
-    higher_is_better = True
-
-    def __init__(self):
-        super().__init__()
-        self.add_sums("correct", "count", dtype=torch.int64)
-
-    def update(self, prediction: Tensor, target: Tensor, valid: Tensor) -> None:
-        """Adds logits [b c] (or [b c ...]) against ids [b] (or [b ...])."""
-        self.correct += ((prediction.argmax(dim=1) == target) & valid).sum()
-        self.count += valid.sum()
-
-    def compute(self) -> Tensor:
-        """The share so far."""
-        return _ratio(self.correct, self.count)
-
-
-class BinaryAccuracy(_Summed):
-    """Share of labelled entries where logit > 0 agrees with label >= 0.5, pooled over labels (or pixels)."""
-
-    higher_is_better = True
-
-    def __init__(self):
-        super().__init__()
-        self.add_sums("correct", "count", dtype=torch.int64)
-
-    def update(self, prediction: Tensor, target: Tensor, valid: Tensor) -> None:
-        """Adds logits against labels of the same shape."""
-        self.correct += (((prediction > 0) == (target >= 0.5)) & valid).sum()
-        self.count += valid.sum()
-
-    def compute(self) -> Tensor:
-        """The share so far."""
-        return _ratio(self.correct, self.count)
 
 
 class _Confusion(MulticlassConfusionMatrix):
@@ -118,7 +48,7 @@ class MeanIoU(_Confusion):
         """The mean so far."""
         hit = self.confmat.diagonal()
         union = self.confmat.sum(dim=0) + self.confmat.sum(dim=1) - hit
-        return _ratio(hit, union).nanmean()
+        return ratio(hit, union).nanmean()
 
 
 class PixelAccuracy(_Confusion):
@@ -128,70 +58,10 @@ class PixelAccuracy(_Confusion):
 
     def compute(self) -> Tensor:
         """The share so far."""
-        return _ratio(self.confmat.diagonal().sum(), self.confmat.sum())
+        return ratio(self.confmat.diagonal().sum(), self.confmat.sum())
 
 
-class _Errors(_Summed):
-    """Sums over labelled values; the ratios count only targets above zero, where they mean something."""
-
-    state_group = "errors"
-    higher_is_better = False
-
-    def __init__(self):
-        super().__init__()
-        self.add_sums("absolute", "square", "relative")
-        self.add_sums("close", "count", "positive", dtype=torch.int64)
-
-    def update(self, prediction: Tensor, target: Tensor, valid: Tensor) -> None:
-        """Adds values against values of the same shape."""
-        prediction, target = prediction[valid].double(), target[valid].double()
-        error = (prediction - target).abs()
-        self.absolute += error.sum()
-        self.square += error.square().sum()
-        self.count += target.numel()
-        positive = target > 0
-        prediction, target = prediction[positive], target[positive]
-        self.relative += (error[positive] / target).sum()
-        # a prediction of zero or less is infinitely far off: its ratio is negative or infinite
-        self.close += ((prediction > 0) & (torch.maximum(prediction / target, target / prediction) < 1.25)).sum()
-        self.positive += target.numel()
-
-
-class AbsError(_Errors):
-    """Mean absolute difference."""
-
-    def compute(self) -> Tensor:
-        """The mean so far, in the label's unit."""
-        return _ratio(self.absolute, self.count)
-
-
-class RelError(_Errors):
-    """Mean absolute difference over the label, where the label is above zero."""
-
-    def compute(self) -> Tensor:
-        """The mean so far."""
-        return _ratio(self.relative, self.positive)
-
-
-class RMSE(_Errors):
-    """Root of the mean square difference, pooled over all values of the set (not a mean of per-image roots)."""
-
-    def compute(self) -> Tensor:
-        """The root so far, in the label's unit."""
-        return _ratio(self.square, self.count).sqrt()
-
-
-class Delta1(_Errors):
-    """Share with max(prediction/label, label/prediction) < 1.25, where the label is above zero."""
-
-    higher_is_better = True
-
-    def compute(self) -> Tensor:
-        """The share so far."""
-        return _ratio(self.close, self.positive)
-
-
-class _Angles(_Summed):
+class _Angles(Summed):
     """Histogram of the angle between predicted and labelled vector, in bins of `ANGLE_BIN` over 0..180 degrees.
 
     Both vectors are normalised; a predicted vector of length zero is at 90 degrees to everything. Angles are computed
@@ -222,7 +92,7 @@ class AngleMean(_Angles):
 
     def compute(self) -> Tensor:
         """The mean so far, in degrees."""
-        return _ratio(self.total, self.histogram.sum())
+        return ratio(self.total, self.histogram.sum())
 
 
 class AngleMedian(_Angles):
@@ -245,7 +115,7 @@ class _Within(_Angles):
 
     def compute(self) -> Tensor:
         """The share so far."""
-        return _ratio(self.histogram[: round(self.degrees / ANGLE_BIN)].sum(), self.histogram.sum())
+        return ratio(self.histogram[: round(self.degrees / ANGLE_BIN)].sum(), self.histogram.sum())
 
 
 class Within11(_Within):
@@ -281,7 +151,7 @@ def dilate(x: Tensor, radius: float) -> Tensor:
     return result
 
 
-class _BestF(_Summed):
+class _BestF(Summed):
     """Best F = (1 + beta2) P R / (beta2 P + R) over thresholds t on the probability, one threshold for the whole set.
 
     P is the share of predicted pixels (probability >= t) with a positive within the tolerance, R the share of
@@ -334,8 +204,8 @@ class _BestF(_Summed):
         predicted, predicted_hit, positive_hit = (
             count.flip(0).cumsum(dim=0).flip(0) for count in (self.predicted, self.predicted_hit, self.positive_hit)
         )
-        precision = _ratio(predicted_hit, predicted)[1:]
-        recall = _ratio(positive_hit, positive_hit[0])[1:]
+        precision = ratio(predicted_hit, predicted)[1:]
+        recall = ratio(positive_hit, positive_hit[0])[1:]
         f = (1 + self.beta2) * precision * recall / (self.beta2 * precision + recall)
         return torch.where(positive_hit[0] > 0, f.nan_to_num(nan=0.0).max(), float("nan"))
 
@@ -352,57 +222,3 @@ class MaxF(_BestF):
 
     def __init__(self, *, thresholds: int = 255, beta2: float = 0.3):
         super().__init__(thresholds=thresholds, beta2=beta2, tolerance=0.0)
-
-
-@dataclass(frozen=True)
-class MetricInfo:
-    """A registered metric.
-
-    Attributes:
-        factory: called with the task and the metric's arguments; gives a `torchmetrics.Metric` whose `update` takes
-            (prediction, target, valid) as the metrics of this file do.
-        higher_is_better: the direction of the value.
-        unit: of the value; "label" for the unit of the labels.
-        kinds: the kinds of task it can score.
-        description: one line.
-    """
-
-    factory: Callable[..., Metric]
-    higher_is_better: bool
-    unit: str
-    kinds: frozenset[str]
-    description: str
-
-
-def _info(cls: type[Metric], unit: str, *kinds: str) -> MetricInfo:
-    def factory(task: Task, **args: Any) -> Metric:
-        return cls(num_classes=task.channels, **args) if issubclass(cls, _Confusion) else cls(**args)
-
-    description = (cls.__doc__ or "").partition("\n")[0].partition("; ")[0]
-    return MetricInfo(factory, bool(cls.higher_is_better), unit, frozenset(kinds), description)
-
-
-METRICS: dict[str, MetricInfo] = {
-    "accuracy": _info(Accuracy, "share", "classification"),
-    "binary_accuracy": _info(BinaryAccuracy, "share", "multilabel", "binary_map"),
-    "miou": _info(MeanIoU, "share", "segmentation"),
-    "pixel_accuracy": _info(PixelAccuracy, "share", "segmentation"),
-    "abs_error": _info(AbsError, "label", "depth", "regression"),
-    "rel_error": _info(RelError, "share", "depth", "regression"),
-    "rmse": _info(RMSE, "label", "depth", "regression"),
-    "delta_1": _info(Delta1, "share", "depth", "regression"),
-    "angle_mean": _info(AngleMean, "degree", "normals"),
-    "angle_median": _info(AngleMedian, "degree", "normals"),
-    "within_11": _info(Within11, "share", "normals"),
-    "within_22": _info(Within22, "share", "normals"),
-    "within_30": _info(Within30, "share", "normals"),
-    "edge_f": _info(EdgeF, "share", "binary_map"),
-    "max_f": _info(MaxF, "share", "binary_map"),
-}
-
-
-def metric_info(name: str) -> MetricInfo:
-    """The registered metric of that name, or a ValueError with the nearest names."""
-    if name not in METRICS:
-        raise ValueError(f"metrics: unknown {name!r}; {nearest(name, METRICS)}")
-    return METRICS[name]
