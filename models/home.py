@@ -236,8 +236,9 @@ def make_trunk(layout: Mapping[str, Any], dim: int, config: HoMEConfig) -> Hiera
         )
     groups = max(layout["reads"]) + 1
     gates = [FeatureGates(groups, dim, config.ranks[0]), FeatureGates(len(layout["groups"]), width, config.ranks[1])]
+    first, second = levels
     names = ("category_of", "outputs", "groups", "reads")
-    return Hierarchy(*levels, gates, **{name: layout[name] for name in names})
+    return Hierarchy(first, second, gates, **{name: layout[name] for name in names})
 
 
 @register_model

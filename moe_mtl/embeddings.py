@@ -209,18 +209,18 @@ class FieldColumns(nn.Module):
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim: got {dim}, expected at least 1")
-        std = dim**-0.5 if std is None else std
         self.columns, self.dim = tuple(columns), dim
+        spread = dim**-0.5 if std is None else std
         numbers, categories = of_kind(columns, "numeric"), of_kind(columns, "categorical")
         sets, vectors = of_kind(columns, "multihot"), of_kind(columns, "vector")
         self.numeric = NumericEncoder(numbers, numeric) if numbers else None
         if self.numeric is not None:
             owner = F.one_hot(torch.tensor(self.numeric.owner), len(numbers)).float()
             self.register_buffer("owner", owner, persistent=False)
-            self.number_table = nn.Parameter(torch.empty(len(self.numeric.owner), dim).normal_(std=std))
-            self.number_bias = nn.Parameter(torch.empty(len(numbers), dim).normal_(std=std))
-        self.categorical = CategoryEncoder(categories, dim, std) if categories else None
-        self.multihot = SetEncoder(sets, dim, std) if sets else None
+            self.number_table = nn.Parameter(torch.empty(len(self.numeric.owner), dim).normal_(std=spread))
+            self.number_bias = nn.Parameter(torch.empty(len(numbers), dim).normal_(std=spread))
+        self.categorical = CategoryEncoder(categories, dim, spread) if categories else None
+        self.multihot = SetEncoder(sets, dim, spread) if sets else None
         self.vectors = nn.ModuleList([nn.Linear(column.size, dim) for column in vectors])
         self.sizes = [column.size for column in vectors]
 
