@@ -21,8 +21,9 @@ The JSON (--out, by default results.json in the model folder; results/NAME.json 
     cost           {batch size: rows of `moe_mtl.cost.Cost`}
     dense          name, args, parameters of the untrained model in the "dense" rows of cost; null without one
     agreement      {task: {alone, extracted}}: largest difference from the full pass over the largest value predicted
-    usage          {layer: {tasks, slots, mass, entropy}}, see `moe_mtl.diagnostics.LayerUsage`
+    usage          {layer: {tasks, slots, mass, entropy, weight, spread}}, see `moe_mtl.diagnostics.LayerUsage`
     routing        {layer: what `moe_mtl.diagnostics.diagnose` returns}
+    activity       {stack of experts: what `moe_mtl.activity.Activity.to_dict` tells}; of models on tables
     recipe, seed, training, versions, date
 """
 
@@ -45,6 +46,7 @@ from moe_mtl.tasks import Task, nearest
 
 RUN, WEIGHTS = "run.json", "model.safetensors"  # what train.py leaves
 COST_BATCHES = (1, 32)
+MOST = max(COST_BATCHES)
 SHOWN = 4  # samples in the pictures
 
 
@@ -60,9 +62,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     import torch  # slow to import, as what follows; a mistyped option need not wait for it
 
+    from moe_mtl.activity import expert_activity
     from moe_mtl.cost import agreement, cost_table, count_parameters, dense_of_equal_size
     from moe_mtl.hub import load
-    from moe_mtl.multitask import task_ids
+    from moe_mtl.multitask import count_rows, select_rows, task_ids
     from moe_mtl.results import compare, describe_routing, describe_weights, finite, read_baseline, show, write
     from moe_mtl.sparse import extract
 
@@ -73,14 +76,15 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     baselines = [read_baseline(path, tasks) for path in given.baseline or ()]
 
     scored = score(model, given.data.split(given.split), tasks, given.batch_size, given.limit)
-    shown, images, usage = scored.pop("shown"), scored.pop("images"), scored.pop("usage")
+    shown, inputs, usage = scored.pop("shown"), scored.pop("inputs"), scored.pop("usage")
+    activity = expert_activity(model, [inputs])
     dense = dense_of_equal_size(model) if given.dense == "auto" else None
     extracted, dense_extracted = (
         {name: extract(whole, [name]) for name in names} if whole is not None else {} for whole in (model, dense)
     )
     cost = {}  # the other tasks are part of "all tasks" whatever --tasks says
     for batch in COST_BATCHES:
-        x = images[torch.arange(batch) % len(images)]
+        x = select_rows(inputs, torch.arange(batch) % count_rows(inputs))
         cost[str(batch)] = [
             asdict(row) for row in cost_table(model, x, extracted, given.rounds, dense, dense_extracted)
         ]
@@ -99,8 +103,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "baselines": [],
         "cost": cost,
         "dense": None if dense is None else {**dense.config, "parameters": count_parameters(dense)},
-        "agreement": agreement(model, extracted, images[: max(COST_BATCHES)]),
+        "agreement": agreement(model, extracted, select_rows(inputs, torch.arange(count_rows(inputs))[:MOST])),
         **describe_routing(usage, names),
+        "activity": {name: one.to_dict() for name, one in activity.items()},
         "recipe": run or None,
         "seed": run.get("trainer", {}).get("seed"),
         "training": describe_training(folder, run),
@@ -118,7 +123,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if given.report:
         from moe_mtl.report import draw, write_report
 
-        print(f"report: {write_report(given.report, results, draw(model, tasks, shown, usage))}")
+        pictures = draw(model, tasks, shown, usage, activity, read_log(folder))
+        print(f"report: {write_report(given.report, results, pictures)}")
     return results
 
 
@@ -179,7 +185,7 @@ def parse(folder: Path, run: Mapping[str, Any], options: Sequence[str]) -> Any:
     add("--data", type=type(data), default=data)
     add("--split", default="test", help="which split")
     add("--limit", type=int | None, default=None, help="score only the first samples")
-    add("--batch_size", type=int, default=64, help="samples per pass when scoring")
+    add("--batch_size", type=int | None, default=None, help="samples per pass when scoring; 64 pictures or 4096 rows")
     add("--tasks", type=str | None, default=None, help="comma-separated names; all by default")
     add("--out", type=str | None, default=None, help="the JSON")
     add("--label", type=str | None, default=None, help="what to call the model where it is a baseline of others")
@@ -205,12 +211,13 @@ def parse(folder: Path, run: Mapping[str, Any], options: Sequence[str]) -> Any:
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def score(model: Any, dataset: Any, tasks: Sequence[Task], batch_size: int, limit: int | None) -> dict[str, Any]:
-    """Metrics and expert usage over a data set, and the first batch to picture.
+def score(model: Any, dataset: Any, tasks: Sequence[Task], batch_size: int | None, limit: int | None) -> dict[str, Any]:
+    """Metrics and expert usage over a data set, and what is pictured.
 
     Returns:
-        metrics, metric_info and samples as in the JSON; usage as `ExpertUsage.compute` gives it; images [b c h w], of
-        the first batch, on the model's device; shown, (images, predictions, targets) of its first samples on the CPU.
+        metrics, metric_info and samples as in the JSON; usage as `ExpertUsage.compute` gives it; inputs, the first
+        batch, on the model's device; shown, (inputs, predictions, targets) on the CPU: of the first samples for
+        pictures, of all for tables.
     """
     import torch
     from rich.console import Console
@@ -220,6 +227,7 @@ def score(model: Any, dataset: Any, tasks: Sequence[Task], batch_size: int, limi
     from moe_mtl.data import collate
     from moe_mtl.diagnostics import ExpertUsage
     from moe_mtl.metrics import metric_info
+    from moe_mtl.multitask import move
     from moe_mtl.scoring import TaskMetrics
 
     names, device = [task.name for task in tasks], next(model.parameters()).device
@@ -227,20 +235,26 @@ def score(model: Any, dataset: Any, tasks: Sequence[Task], batch_size: int, limi
         dataset = Subset(dataset, range(min(limit, len(dataset))))
     if len(dataset) == 0:
         raise ValueError("split: it holds no samples")
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=partial(collate, tasks=tasks))
-    metrics, usage, shown, images = TaskMetrics(tasks), ExpertUsage(model.tasks), None, None
+    table = model.input == "table"
+    together = partial(collate, tasks=tasks, inputs=(model.input,))
+    loader = DataLoader(dataset, batch_size=batch_size or (4096 if table else 64), collate_fn=together)
+    metrics, usage, shown, inputs = TaskMetrics(tasks), ExpertUsage.of(model), [], None
     console = Console(stderr=True)
     with torch.inference_mode():
         for batch in track(loader, "scoring", console=console, transient=True, disable=not console.is_terminal):
-            x = batch["image"].to(device)
+            x = move(batch[model.input], device)
             predictions, routings = model(x, tasks=names, return_routing=True)
             predictions = {name: prediction.float().cpu() for name, prediction in predictions.items()}
             metrics.update(predictions, batch)
             usage.update(routings)
-            if images is None:
-                images = x
-                first = {name: batch[name][:SHOWN] if batch.get(name) is not None else None for name in names}
-                shown = (x[:SHOWN].cpu(), {name: p[:SHOWN] for name, p in predictions.items()}, first)
+            if inputs is None or table:
+                count = None if table else SHOWN
+                targets = {name: batch[name][:count] if batch.get(name) is not None else None for name in names}
+                shown.append(({name: p[:count] for name, p in predictions.items()}, targets))
+            if inputs is None:
+                inputs = x
+    first = None if table else inputs[:SHOWN].cpu()  # type: ignore[index]
+    predicted, labels = ({name: joined([part[i][name] for part in shown]) for name in names} for i in (0, 1))
     info = {m: metric_info(m) for task in tasks for m in task.metrics}
     return {
         "metrics": metrics.compute(),
@@ -253,9 +267,16 @@ def score(model: Any, dataset: Any, tasks: Sequence[Task], batch_size: int, limi
         },
         "usage": usage.compute(names),
         "samples": len(dataset),
-        "images": images,
-        "shown": shown,
+        "inputs": inputs,
+        "shown": (first, predicted, labels),
     }
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Tensors of one batch each as one; None where a batch has none."""
+    import torch
+
+    return None if any(part is None for part in parts) else torch.cat(list(parts))
 
 
 def unit_of(task: Task, unit: str) -> str:
@@ -269,11 +290,15 @@ def describe_training(folder: Path, run: Mapping[str, Any]) -> str | None:
     if not trainer:
         return None
     text = f"Recipe {run.get('recipe')}: {trainer['steps']} steps of {trainer['batch_size']} samples"
-    log = folder / "metrics.jsonl"
-    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    seconds = [record["seconds"] for record in records if record.get("seconds") is not None]
+    seconds = [record["seconds"] for record in read_log(folder) if record.get("seconds") is not None]
     time = f", {seconds[-1] / 60:.1f} minutes" if seconds else ""
     return f"{text}{time}, seed {trainer['seed']}."
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """What the training that made the model wrote down; empty where there is no log."""
+    log = folder / "metrics.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def versions(device: Any) -> dict[str, str]:

@@ -123,6 +123,15 @@ class Hierarchy(nn.Module):
         """Both levels, by the key of their `Routing`."""
         return {"level.0": self.first, "level.1": self.second}
 
+    @property
+    def stream_tasks(self) -> dict[int, tuple[int, ...]]:
+        """The tasks of every category, by the number of its stream in the routing of the first level."""
+        count = len(self.outputs)
+        return {
+            count + c: tuple(i for i, category in enumerate(self.category_of) if category == c)
+            for c in set(self.category_of)
+        }
+
     def _groups(self, streams: Sequence[int]) -> list[int]:
         """The groups of level 2 that these task streams need."""
         assert self.second.sources is not None

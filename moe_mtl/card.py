@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_mtl.cost import AGREES
 from moe_mtl.gates import resolve_k
-from moe_mtl.results import format_metric
+from moe_mtl.results import format_metric, width_of
 from moe_mtl.trainer_config import FREE_TO_CHANGE
 
 WIDTH = 100  # of the lines of code
@@ -33,10 +33,17 @@ DATA = {
 
 # kind of task -> the hub's name for it, where the hub has one
 HUB_TASKS = {
+    "binary": "image-classification",
     "classification": "image-classification",
     "multilabel": "image-classification",
     "segmentation": "image-segmentation",
     "depth": "depth-estimation",
+}
+HUB_TASKS_OF_TABLES = {
+    "binary": "tabular-classification",
+    "classification": "tabular-classification",
+    "multilabel": "tabular-classification",
+    "regression": "tabular-regression",
 }
 
 # what `moe_mtl.diagnostics.diagnose` tells of a layer -> heading and format of its column
@@ -80,9 +87,10 @@ def _head(results: Mapping[str, Any]) -> str:
 
     data = results["data"]
     kinds: dict[str, str] = {task["name"]: task["kind"] for task in results["tasks"]}
+    hub_tasks = HUB_TASKS_OF_TABLES if _image_size(results) is None else HUB_TASKS
     scores = [
         EvalResult(
-            task_type=HUB_TASKS.get(kinds[task], kinds[task].replace("_", "-")),
+            task_type=hub_tasks.get(kinds[task], kinds[task].replace("_", "-")),
             task_name=task,
             dataset_type=data["name"].lower(),
             dataset_name=data["name"],
@@ -122,13 +130,17 @@ def _summary(results: Mapping[str, Any]) -> str:
 
 def _use(results: Mapping[str, Any]) -> str:
     task = results["tasks"][0]["name"]
-    height, width = _image_size(results)
+    size = _image_size(results)
+    if size is None:
+        inputs = 'data.split("test").rows  # {kind of column: values}, see moe_mtl.columns; data as below'
+    else:
+        inputs = f"torch.rand(1, 3, {size[0]}, {size[1]})  # images in 0..1"
     code = f"""\
 import moe_mtl
 import torch
 
 model = moe_mtl.create_model("{results["label"]}", pretrained=True)
-x = torch.rand(1, 3, {height}, {width})  # images in 0..1
+x = {inputs}
 predictions = model(x)  # {{task: prediction}}, all tasks
 prediction = model(x, tasks=["{task}"])["{task}"]  # runs the path of that task only
 
@@ -195,7 +207,7 @@ def _cost(results: Mapping[str, Any]) -> str:
     if results.get("dense"):
         dense = results["dense"]
         note += (
-            f" The dense rows are those of an untrained `{dense['name']}` of width {dense['args']['dim']}, the one "
+            f" The dense rows are those of an untrained `{dense['name']}` of width {width_of(dense['args'])}, the one "
             "nearest in parameters."
         )
     text = [_table(head, table), note]
@@ -262,15 +274,17 @@ def _training(results: Mapping[str, Any]) -> str:
 
 
 def _limits(results: Mapping[str, Any]) -> str:
-    height, width = _image_size(results)
+    size = _image_size(results)
     gains = [other["gain"]["per_task"] for other in _baselines(results) if other.get("gain")]
     losing = sorted({task for gain in gains for task, value in gain.items() if value < 0})
     unscored = sorted(task for task, metrics in results["metrics"].items() if None in metrics.values())
     facts = [
         results.get("limits"),
         DATA.get(results["data"]["name"], ("", ""))[1],
-        f"Made for images of {height}x{width} pixels; other sizes run, with an interpolated position embedding, but "
-        "were not scored.",
+        f"Made for images of {size[0]}x{size[1]} pixels; other sizes run, with an interpolated position embedding, but "
+        "were not scored."
+        if size
+        else "Made for the columns of its data, by name and kind; categories it has not seen share one vector.",
     ]
     if results.get("seed") is not None:
         facts.append(
@@ -302,8 +316,11 @@ def _baselines(results: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return results.get("baselines") or []
 
 
-def _image_size(results: Mapping[str, Any]) -> tuple[int, int]:
-    size = results["model"]["args"]["image_size"]
+def _image_size(results: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the images a model was made for; None for a model on tables."""
+    size = results["model"]["args"].get("image_size")
+    if size is None:
+        return None
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 

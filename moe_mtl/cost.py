@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from moe_mtl.multitask import evaluating
+from moe_mtl.multitask import count_rows, evaluating
 from moe_mtl.registry import create_model, list_models
 
 AGREES = 1e-3  # float32 sums in another order stay far below it
@@ -127,7 +127,7 @@ def latency(functions: Mapping[str, Callable[[], Any]], rounds: int = 10, warmup
 
 def cost_table(
     model: Any,
-    x: torch.Tensor,
+    x: Any,
     extracted: Mapping[str, nn.Module] | None = None,
     rounds: int = 10,
     dense: nn.Module | None = None,
@@ -137,7 +137,7 @@ def cost_table(
 
     Args:
         model: has `tasks` and takes `model(x, tasks=[names])`.
-        x: one batch of inputs [b ...].
+        x: one batch of inputs: a tensor [b ...], or a dict of them.
         extracted: task name to what `moe_mtl.sparse.extract(model, [task])` returned; tasks without one get no third
             row.
         rounds: timed calls per row.
@@ -167,7 +167,7 @@ def cost_table(
         Cost(
             run=run,
             task=task,
-            batch=len(x),
+            batch=count_rows(x),
             flops=flops[i],
             parameters=parameters[i],
             seconds=seconds[i],
@@ -182,8 +182,9 @@ def cost_table(
 def dense_of_equal_size(model: Any) -> Any:
     """An untrained shared-bottom model with about as many parameters in all: what the same memory buys without experts.
 
-    The sibling of `<family>_<size>[_<facts>]` is `shared_bottom_<size>` with the options that both know; its width is
-    the multiple of its attention heads that comes nearest in parameters. Random generators are left as they were.
+    The sibling of `<family>_<size>[_<facts>]` is `shared_bottom_<size>` with the options that both know. Its width is
+    the one that comes nearest in parameters: a ViT's a multiple of its attention heads, that of an MLP on one vector
+    the same for every layer. Random generators are left as they were.
 
     Args:
         model: made by `create_model`.
@@ -197,6 +198,7 @@ def dense_of_equal_size(model: Any) -> Any:
         return None
     facts = config["name"].split("_")[1:]
     names = ["_".join(("shared_bottom", *facts[:count])) for count in range(len(facts), 0, -1)]
+    names.append("_".join(("shared_bottom", *facts[-1:])))
     name = next((name for name in names if name in list_models()), None)
     if name is None:
         return None
@@ -207,15 +209,21 @@ def dense_of_equal_size(model: Any) -> Any:
     @cache
     def size(step: int) -> int:
         with torch.device("meta"):
-            return count_parameters(build(**{**shared, "dim": step * heads}))
+            return count_parameters(build(**{**shared, **width(step)}))
 
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
-            known = build().config["args"]
-        if not {"dim", "num_heads"} <= known.keys():
-            return None
+            known = build(**{o: v for o, v in config["args"].items() if o == "columns"}).config["args"]
         shared = {option: value for option, value in config["args"].items() if option in known}
-        heads, target = {**known, **shared}["num_heads"], count_parameters(model)
+        options, target = {**known, **shared}, count_parameters(model)
+        if not options.keys() & {"num_heads", "widths"}:
+            return None
+
+        def width(step: int) -> dict[str, Any]:
+            if "num_heads" in options:
+                return {"dim": step * options["num_heads"]}
+            return {"widths": [step] * len(options["widths"])}
+
         above = 1
         while size(above) < target:
             above *= 2
@@ -224,11 +232,11 @@ def dense_of_equal_size(model: Any) -> Any:
             middle = (above + below) // 2
             above, below = (above, middle) if size(middle) < target else (middle, below)
         nearest = min((step for step in (below, above) if step), key=lambda step: abs(size(step) - target))
-        dense = build(**{**shared, "dim": nearest * heads})
+        dense = build(**{**shared, **width(nearest)})
     return dense.eval().to(next(model.parameters()).device)
 
 
-def agreement(model: nn.Module, extracted: Mapping[str, nn.Module], x: torch.Tensor) -> dict[str, dict[str, float]]:
+def agreement(model: nn.Module, extracted: Mapping[str, nn.Module], x: Any) -> dict[str, dict[str, float]]:
     """Per task, the largest difference of its prediction alone and extracted from that in the full pass.
 
     Relative to the largest value predicted. One above `AGREES` is a defect, or a token whose k-th and next expert are

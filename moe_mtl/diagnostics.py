@@ -10,7 +10,7 @@ Differs: theirs is a loss (`moe_mtl.regularizers.mutual_information`), from the 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,14 +31,20 @@ class LayerUsage:
     """How often each task uses each expert of one layer; a task that never passed has a row of NaN.
 
     Attributes:
-        slots: share of a task's selected slots (token, choice) that fell on each expert, rows sum to 1, [t, e].
+        slots: share of a task's selected slots (token, choice) that fell on each expert, rows sum to 1, [t, e]. A gate
+            that mixes all experts selects none: there it is `mass`.
         mass: share of a task's gate weight, in absolute value, on each expert, rows sum to 1, [t, e].
         entropy: mean over a task's tokens of the entropy of the router's clean softmax over all experts, in nats, [t].
+        weight: mean over a task's tokens of the weight of each expert, in absolute value, [t, e].
+        spread: standard deviation of that weight over the task's tokens, [t, e]; 0 for a gate that looks at the task
+            alone.
     """
 
     slots: Tensor
     mass: Tensor
     entropy: Tensor
+    weight: Tensor
+    spread: Tensor
 
 
 class ExpertUsage:
@@ -46,11 +52,20 @@ class ExpertUsage:
 
     Args:
         tasks: the model's tasks; their order is that of the ids in the routings.
+        streams: {id: ids of tasks} for ids in the routings from the number of tasks on: tokens that several tasks share
+            and that count for each of them. Other ids beyond the tasks are left out.
     """
 
-    def __init__(self, tasks: Sequence[Task]):
+    def __init__(self, tasks: Sequence[Task], streams: Mapping[int, Sequence[int]] | None = None):
         self.tasks = tuple(task.name for task in tasks)
-        self._sums: dict[str, Tensor] = {}  # per layer float64 [t, 2 e + 2]: slots, mass, entropy, tokens
+        self._streams = {stream: list(ids) for stream, ids in (streams or {}).items()}
+        # per layer float64 [t, 3 e + 2]: slots, weights, their squares, entropy, tokens
+        self._sums: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, model: Any) -> Self:
+        """For a model's tasks and, where it has some, `stream_tasks`."""
+        return cls(model.tasks, getattr(model, "stream_tasks", None))
 
     def update(self, routings: Mapping[str, Routing]) -> None:
         """Adds the routings of one forward pass, padding left out.
@@ -68,6 +83,8 @@ class ExpertUsage:
             else:
                 layer, ids = key, routing.task_ids().cpu()
                 member = ids == torch.arange(len(self.tasks)).unsqueeze(1)
+                for stream, members in self._streams.items():
+                    member[members] |= ids == stream
             sums = member.double() @ rows
             self._sums[layer] = self._sums[layer] + sums if layer in self._sums else sums
 
@@ -76,36 +93,42 @@ class ExpertUsage:
         rows_of = [self.tasks.index(name) for name in tasks or self.tasks]
         found = {}
         for layer, sums in self._sums.items():
-            experts = (sums.shape[1] - 2) // 2
-            slots, mass, entropy, tokens = sums[rows_of].split((experts, experts, 1, 1), dim=1)
-            slots, mass = (rows / rows.sum(-1, keepdim=True) for rows in (slots, mass))
-            found[layer] = LayerUsage(slots, mass, (entropy / tokens).squeeze(1))
+            experts = (sums.shape[1] - 2) // 3
+            slots, weight, squares, entropy, tokens = sums[rows_of].split((experts, experts, experts, 1, 1), dim=1)
+            mean = weight / tokens
+            found[layer] = LayerUsage(
+                slots=slots / slots.sum(-1, keepdim=True),
+                mass=weight / weight.sum(-1, keepdim=True),
+                entropy=(entropy / tokens).squeeze(1),
+                weight=mean,
+                spread=(squares / tokens - mean.square()).clamp(min=0).sqrt(),
+            )
         return found
 
 
 def _per_token(routing: Routing) -> Tensor:
-    """What every token adds to the sums of its task, float64 [m, 2 e + 2] on the CPU; zero for padding."""
+    """What every token adds to the sums of its task, float64 [m, 3 e + 2] on the CPU; zero for padding."""
     weights = routing.dense_weights().detach().cpu().double().abs()
     if routing.indices is None:
-        slots = (weights > 0).double()
+        slots = weights
     else:
         indices = routing.indices.cpu()
         ones = torch.ones(indices.shape, dtype=torch.float64)
         slots = torch.zeros_like(weights).scatter_add(-1, indices, ones)
     entropy = torch.special.entr(routing.probs().detach()).sum(-1, keepdim=True).cpu().double()
-    rows = torch.cat([slots, weights, entropy, torch.ones_like(entropy)], dim=1)
+    rows = torch.cat([slots, weights, weights.square(), entropy, torch.ones_like(entropy)], dim=1)
     return rows if routing.valid is None else rows.masked_fill(~routing.valid.cpu().unsqueeze(1), 0.0)
 
 
-def expert_usage(model: Any, batches: Iterable[Tensor], tasks: Sequence[str] | None = None) -> dict[str, LayerUsage]:
+def expert_usage(model: Any, batches: Iterable[Any], tasks: Sequence[str] | None = None) -> dict[str, LayerUsage]:
     """Which experts each task of a model uses, {layer: shares [t, e]}.
 
     Args:
         model: has `tasks` and returns its routings.
-        batches: inputs [b ...], moved nowhere: pass them on the model's device.
+        batches: inputs, tensors [b ...] or dicts of them, moved nowhere: pass them on the model's device.
         tasks: run only these; the other rows are NaN.
     """
-    usage = ExpertUsage(model.tasks)
+    usage = ExpertUsage.of(model)
     with evaluating(model):
         for x in batches:
             usage.update(model(x, tasks=tasks, return_routing=True)[1])

@@ -90,11 +90,12 @@ class CategoryEncoder(nn.Module):
 
     def __init__(self, columns: Sequence[Column], dim: int, std: float):
         super().__init__()
-        sizes = torch.tensor([len(column.categories) + 1 for column in columns])
+        rows = [len(column.categories) + 1 for column in columns]
+        sizes = torch.tensor(rows)
         self.names = [column.name for column in columns]
         self.register_buffer("first", sizes.cumsum(0) - sizes, persistent=False)
         self.register_buffer("last", sizes - 1, persistent=False)
-        self.table = nn.Embedding(int(sizes.sum()), dim)
+        self.table = nn.Embedding(sum(rows), dim)
         nn.init.normal_(self.table.weight, std=std)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -62,6 +62,16 @@ def select_rows(x: Any, rows: Tensor) -> Any:
     return tree_map(lambda t: t[rows.to(t.device)], x)
 
 
+def count_rows(x: Any) -> int:
+    """How many samples an input has: a tensor [b, ...] or a dict of them."""
+    return len(tree_leaves(x)[0])
+
+
+def move(x: Any, device: torch.device | str) -> Any:
+    """An input on a device: a tensor or a dict of them."""
+    return tree_map(lambda t: t.to(device), x)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts every module in eval mode without gradients, and gives each its own mode back."""

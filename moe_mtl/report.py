@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from moe_mtl.activity import Activity
+from moe_mtl.charts import activity_figures, gate_figures, routing_curves, score_chart
 from moe_mtl.cost import AGREES
 from moe_mtl.diagnostics import LayerUsage
 from moe_mtl.hub import replace_file
 from moe_mtl.page import document, picture, table, td, th
-from moe_mtl.results import format_metric
+from moe_mtl.results import format_metric, width_of
 from moe_mtl.tasks import Task
 from moe_mtl.viz import expert_map, prediction_grid, top_expert, usage_figures
 
@@ -31,11 +33,17 @@ class Pictures:
         predictions: task name to its input, prediction and truth.
         usage: layer name to its task-by-expert heat map.
         maps: caption to a picture of the experts each patch uses.
+        gates: layer name to the weights its gates give.
+        activity: name of a stack of experts to what its units do.
+        curves: caption to a chart of the training.
     """
 
     predictions: Mapping[str, Figure] = field(default_factory=dict)
     usage: Mapping[str, Figure] = field(default_factory=dict)
     maps: Mapping[str, Figure] = field(default_factory=dict)
+    gates: Mapping[str, Figure] = field(default_factory=dict)
+    activity: Mapping[str, Figure] = field(default_factory=dict)
+    curves: Mapping[str, Figure] = field(default_factory=dict)
 
 
 def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], pictures: Pictures) -> Path:
@@ -60,32 +68,56 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], pictu
     return path
 
 
-def draw(model: Any, tasks: Sequence[Task], samples: tuple, usage: Mapping[str, LayerUsage]) -> Pictures:
+def draw(
+    model: Any,
+    tasks: Sequence[Task],
+    samples: tuple,
+    usage: Mapping[str, LayerUsage],
+    activity: Mapping[str, Activity] | None = None,
+    records: Sequence[Mapping[str, Any]] = (),
+) -> Pictures:
     """The pictures of a model: predictions, expert usage, and the first expert of every patch in the last layer.
 
     Args:
         model: has `tasks` and returns its routings.
         tasks: which of them to show.
-        samples: images [b c h w], {task: prediction}, {task: target or None}, on the CPU.
+        samples: images [b c h w], or None for rows of a table, {task: prediction}, {task: target or None}, on the CPU.
         usage: of these tasks, from `ExpertUsage.compute`.
+        activity: of the stacks of experts, from `expert_activity`.
+        records: lines of the metrics.jsonl of the training.
     """
     images, predictions, targets = samples
-    names, ids = [task.name for task in tasks], {task.name: i for i, task in enumerate(model.tasks)}
-    size = (images.shape[-2], images.shape[-1])
+    names = [task.name for task in tasks]
+    if images is None:
+        known = [task for task in tasks if targets.get(task.name) is not None]
+        found = {t.name: score_chart(t, predictions[t.name], targets[t.name]) for t in known}
+        shown = {name: figure for name, figure in found.items() if figure is not None}
+    else:
+        shown = {t.name: prediction_grid(t, images, predictions[t.name], targets.get(t.name)) for t in tasks}
+    curves = routing_curves(records)
+    return Pictures(
+        predictions=shown,
+        usage=usage_figures(usage, names),
+        maps={} if images is None else _maps(model, names, images),
+        gates=gate_figures(usage, names),
+        activity=activity_figures(activity or {}),
+        curves={} if curves is None else {"gates over training": curves},
+    )
+
+
+def _maps(model: Any, names: Sequence[str], images: torch.Tensor) -> dict[str, Figure]:
+    """The first expert of every patch in the last layer, where the tasks have parted the most."""
+    ids, size = {task.name: i for i, task in enumerate(model.tasks)}, (images.shape[-2], images.shape[-1])
     with torch.no_grad():
         _, routings = model(images.to(next(model.parameters()).device), tasks=names, return_routing=True)
     maps = {}
-    for layer, routing in list(routings.items())[-1:]:  # the last layer, where the tasks have parted the most
+    for layer, routing in list(routings.items())[-1:]:
         shown = {"all tasks": 0} if routing.task is None else {name: ids[name] for name in names}
         for start in range(0, len(shown), 3):
             group = list(shown)[start : start + 3]
             top = {name: top_expert(routing, shown[name], len(images), size).cpu() for name in group}
             maps[f"{layer}: {', '.join(group)}"] = expert_map(images, top, routing.num_experts)
-    return Pictures(
-        predictions={t.name: prediction_grid(t, images, predictions[t.name], targets.get(t.name)) for t in tasks},
-        usage=usage_figures(usage, names),
-        maps=maps,
-    )
+    return maps
 
 
 # ---- sections -------------------------------------------------------------------------------------------------------
@@ -189,8 +221,8 @@ def _cost(results: Mapping[str, Any]) -> str:
     if results["dense"]:
         dense = results["dense"]
         text += (
-            f"<p>Dense: an untrained {escape(dense['name'])} of width {dense['args']['dim']}, which has the parameters "
-            f"of this model but no experts ({_short(dense['parameters'])} against "
+            f"<p>Dense: an untrained {escape(dense['name'])} of width {width_of(dense['args'])}, which has the "
+            f"parameters of this model but no experts ({_short(dense['parameters'])} against "
             f"{_short(results['model']['parameters'])}).</p>"
         )
     note = (
@@ -262,9 +294,47 @@ def _experts(results: Mapping[str, Any], pictures: Pictures) -> str:
         for layer, entry in usage.items()
     )
     return (
-        f'{text}{_layers(routing)}<div class="gallery wide">{cards}</div>{maps}'
+        f'{text}{_layers(routing)}<div class="gallery wide">{cards}</div>{maps}{_gates(pictures)}'
+        f"{_activity(results.get('activity') or {}, pictures)}"
         f"<details><summary>The heat maps as numbers</summary>{tables}</details>"
     )
+
+
+def _gates(pictures: Pictures) -> str:
+    """The weights each task's gate gives, and how they came about."""
+    cards = "".join(
+        picture(figure, layer, "", f"{layer}: weight of each expert per task")
+        for layer, figure in pictures.gates.items()
+    )
+    curves = "".join(picture(figure, caption, "", caption) for caption, figure in pictures.curves.items())
+    text = (
+        "<p>A bar is the mean weight that a task's gate gives an expert, the line on it the standard deviation over "
+        "samples: without lines the gate looks at the task alone.</p>"
+    )
+    return f'<h3>Gates</h3>{text}<div class="gallery wide">{cards}{curves}</div>' if cards else ""
+
+
+def _activity(activity: Mapping[str, Mapping[str, Any]], pictures: Pictures) -> str:
+    """What the units of the experts do."""
+    if not activity:
+        return ""
+    rows = [
+        th(name)
+        + td(f"{found['silent']:.0%}", number=True)
+        + td(f"{found['dead']:.0%}", number=True)
+        + td(_number(found["diversity"], ".2f"), number=True)
+        for name, found in activity.items()
+    ]
+    text = (
+        "<p>A silent activation is zero, or below 1 % of the layer's root mean square; a dead unit is silent on at "
+        "least 99 % of the samples. Diversity is the mean distance between the outputs of two experts, over the "
+        "largest such.</p>"
+    )
+    cards = "".join(
+        picture(figure, name, "", f"{name}: units and outputs") for name, figure in pictures.activity.items()
+    )
+    head = ["experts", "#silent activations", "#dead units", "#diversity"]
+    return f'<h3>Units of the experts</h3>{text}{table(head, rows)}<div class="gallery wide">{cards}</div>'
 
 
 def _layers(routing: Mapping[str, Mapping[str, Any]]) -> str:

@@ -59,6 +59,8 @@ def describe_routing(usage: Mapping[str, LayerUsage], tasks: Sequence[str]) -> d
                 "slots": shares.slots.tolist(),
                 "mass": shares.mass.tolist(),
                 "entropy": shares.entropy.tolist(),
+                "weight": shares.weight.tolist(),
+                "spread": shares.spread.tolist(),
             }
             for layer, shares in usage.items()
         },
@@ -136,6 +138,11 @@ def format_metric(value: float | None, unit: str = "") -> str:
     if value is None or value != value:
         return "no labels"
     return f"{100 * value:.1f} %" if unit == "share" else f"{value:.4g}{'' if unit == '°' else ' '}{unit}".rstrip()
+
+
+def width_of(args: Mapping[str, Any]) -> str:
+    """The width of a dense model, from its options."""
+    return str(args["dim"]) if "dim" in args else ", ".join(map(str, args["widths"]))
 
 
 def show(results: Mapping[str, Any]) -> None:

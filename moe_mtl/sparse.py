@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from moe_mtl.diagnostics import ExpertUsage
-from moe_mtl.multitask import MultiTaskModel, SingleTaskSet, evaluating
+from moe_mtl.multitask import MultiTaskModel, SingleTaskSet, evaluating, move
 from moe_mtl.tasks import nearest
 
 
@@ -146,12 +145,12 @@ def keep_experts(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> None:
 
 def _measure(model: MultiTaskModel, calibration: Iterable[Any]) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Each task's shares of gate mass per expert, {layer: [t, e]}, and the tokens routed, on the calibration images."""
-    usage, tokens = ExpertUsage(model.tasks), dict.fromkeys(model.moe_layers, 0)
+    usage, tokens = ExpertUsage.of(model), dict.fromkeys(model.moe_layers, 0)
     device = next(model.parameters()).device
     with evaluating(model):
         for i, item in enumerate(calibration):
             x = _input(item, i, model.input)
-            _, routings = model(tree_map(lambda t: t.to(device), x), return_routing=True)
+            _, routings = model(move(x, device), return_routing=True)
             usage.update(routings)
             for name, routing in routings.items():
                 tokens[name] += len(routing.weights)

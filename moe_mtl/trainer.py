@@ -28,7 +28,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Sampler, Subset
 
 from moe_mtl import checkpoint as checkpoints
@@ -37,7 +37,7 @@ from moe_mtl.balancing import create_balancer
 from moe_mtl.data import collate
 from moe_mtl.diagnostics import BRIEF, ExpertUsage, diagnose
 from moe_mtl.gates import Gate
-from moe_mtl.multitask import SingleTaskSet
+from moe_mtl.multitask import SingleTaskSet, count_rows, move
 from moe_mtl.run_log import RunLog
 from moe_mtl.scoring import TaskMetrics
 from moe_mtl.tasks import Task
@@ -241,7 +241,7 @@ class Trainer:
                 module.anneal(self.step / config.steps)
         self.optimizer.zero_grad(set_to_none=True)
         losses: Scalars = dict.fromkeys((task.name for task in tasks), 0.0)
-        samples = len(tree_leaves(batch[self.input])[0])
+        samples = count_rows(batch[self.input])
         for rows in torch.arange(samples).tensor_split(min(config.accumulate, samples)):
             whole = len(rows) == samples
             part = {
@@ -310,11 +310,11 @@ class Trainer:
         before = checkpoints.random_state()
         if self.config.val_limit is not None:
             dataset = Subset(dataset, range(min(self.config.val_limit, len(dataset))))
-        metrics, usage = TaskMetrics(self.tasks), ExpertUsage(self.tasks)
+        metrics, usage = TaskMetrics(self.tasks), ExpertUsage.of(self.model)
         self.parallel.eval()
         for batch in self._loader(dataset, batch_size=self.config.batch_size):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                x = tree_map(lambda t: t.to(self.device), batch[self.input])
+                x = move(batch[self.input], self.device)
                 predictions, routings = self.parallel(x, return_routing=True)
             metrics.update({name: p.float().cpu() for name, p in predictions.items()}, batch)
             usage.update(routings)

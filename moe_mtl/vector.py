@@ -87,6 +87,11 @@ class VectorModel(nn.Module):
         """The task-gated layers, by the key of their `Routing`."""
         return self.trunk.moe_layers  # type: ignore[return-value]
 
+    @property
+    def stream_tasks(self) -> dict[int, tuple[int, ...]]:
+        """The tasks that share a stream, by its number in the routings; see `moe_mtl.diagnostics.ExpertUsage`."""
+        return getattr(self.trunk, "stream_tasks", {})
+
     def forward(self, x: Any, tasks: Sequence[str] | Tensor | None = None, return_routing: bool = False):
         """Predicts.
 

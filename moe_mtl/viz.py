@@ -25,10 +25,10 @@ from moe_mtl.palette import MISSING, categorical_palette
 from moe_mtl.routing import Routing
 from moe_mtl.tasks import Task
 
-_INK = "#1b1b1f"
-_BAR = "#5a5a63"
-_SEQUENTIAL = "viridis"
-_TITLE = {"fontsize": 9, "color": _INK, "pad": 4}
+INK = "#1b1b1f"
+BAR = "#5a5a63"
+SEQUENTIAL = "viridis"
+TITLE = {"fontsize": 9, "color": INK, "pad": 4}
 
 
 # ---- which experts each task uses -----------------------------------------------------------------------------------
@@ -45,15 +45,15 @@ def usage_figures(usage: Mapping[str, LayerUsage], tasks: Sequence[str]) -> dict
         tasks: names of the rows.
     """
     highest = max((float(layer.slots.nan_to_num().max()) for layer in usage.values()), default=1.0)
-    cmap = colormaps[_SEQUENTIAL].with_extremes(bad=MISSING)
+    cmap = colormaps[SEQUENTIAL].with_extremes(bad=MISSING)
     figures = {}
     for name, layer in usage.items():
         rows, columns = layer.slots.shape
-        figure = _figure(4.6, 1.55 + 0.26 * rows)
+        figure = new_figure(4.6, 1.55 + 0.26 * rows)
         bars, axes = figure.subplots(2, 1, sharex=True, height_ratios=[2, rows])
-        bars.bar(range(columns), expert_load(layer.slots).nan_to_num().tolist(), color=_BAR, width=0.8)
-        bars.axhline(1.0 / columns, color=_INK, linewidth=0.8, linestyle="--")
-        bars.set_title(name, **_TITLE)
+        bars.bar(range(columns), expert_load(layer.slots).nan_to_num().tolist(), color=BAR, width=0.8)
+        bars.axhline(1.0 / columns, color=INK, linewidth=0.8, linestyle="--")
+        bars.set_title(name, **TITLE)
         bars.set_ylabel("load", fontsize=9, rotation=0, ha="right", va="center")
         bars.yaxis.set_major_formatter(_percent)
         bars.tick_params(labelsize=8, labelbottom=False)
@@ -184,7 +184,7 @@ def prediction_grid(task: Task, images: Tensor, prediction: Tensor, target: Tens
     elif task.kind == "depth":
         limits = panels[-1][np.isfinite(panels[-1])]
         low, high = (float(limits.min()), float(limits.max())) if limits.size else (0.0, 1.0)
-        style = {"cmap": colormaps[_SEQUENTIAL], "vmin": low, "vmax": high}
+        style = {"cmap": colormaps[SEQUENTIAL], "vmin": low, "vmax": high}
     elif task.kind == "binary_map":
         style = {"cmap": colormaps["gray"], "vmin": 0.0, "vmax": 1.0}
     if "cmap" in style:
@@ -231,7 +231,7 @@ def _text_grid(task: Task, images: Tensor, sides: Sequence[Tensor], columns: Seq
             text = describe(task, side[row], is_target=column == 2)
             if task.kind == "classification" and column == 1 and len(sides) == 2 and sides[1][row] != task.ignore_index:
                 text = f"{'✓' if int(side[row].argmax()) == int(sides[1][row]) else '✗'} {text}"
-            axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=10, color=_INK, linespacing=1.5)
+            axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=10, color=INK, linespacing=1.5)
     return figure
 
 
@@ -267,7 +267,7 @@ def to_rgb(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).numpy()
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """An empty opaque figure of that many inches, on its own canvas."""
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
@@ -279,16 +279,16 @@ def _image_grid(
     rows: int, columns: Sequence[str], legend_rows: int = 0, title: str = ""
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure of bare axes with column titles."""
-    figure = _figure(3.9, 0.22 + 3.9 / len(columns) * rows + 0.18 * legend_rows + 0.25 * bool(title))
+    figure = new_figure(3.9, 0.22 + 3.9 / len(columns) * rows + 0.18 * legend_rows + 0.25 * bool(title))
     if title:
-        figure.suptitle(title, fontsize=10, color=_INK)
+        figure.suptitle(title, fontsize=10, color=INK)
     grid = figure.subplots(rows, len(columns), squeeze=False).tolist()
     for axes in (a for row in grid for a in row):
         axes.set(xticks=[], yticks=[])
         for side in axes.spines.values():
             side.set_visible(False)
     for axes, column in zip(grid[0], columns, strict=True):
-        axes.set_title(textwrap.fill(column.replace("_", " "), 36 // len(columns)), **_TITLE)
+        axes.set_title(textwrap.fill(column.replace("_", " "), 36 // len(columns)), **TITLE)
     return figure, grid
 
 

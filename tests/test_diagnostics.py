@@ -57,6 +57,27 @@ def test_usage_by_hand():
     )
 
 
+def test_weights_of_gates_by_hand():
+    # task d: expert 0 gets .75 and .5 of two tokens: mean .625, deviation .125; expert 1 .25 and 0: .125 and .125
+    # task c: expert 3 gets .9 and 1: mean .95, deviation .05; expert 1 .1 and 0: .05 and .05
+    usage = ExpertUsage(TASKS)
+    tokens, weights = [[0, 1], [0, 2], [3, 1], [3, 1]], [[0.75, 0.25], [0.5, 0.5], [0.9, 0.1], [1.0, 0.0]]
+    usage.update({"layer": routing(tokens, weights, (0, 1))})
+    found = usage.compute()["layer"]
+    expected = shares([0.625, 0.125, 0.25, 0.0], [0.0, 0.05, 0.0, 0.95])
+    torch.testing.assert_close(found.weight, expected, atol=1e-7, rtol=0)
+    deviation = shares([0.125, 0.125, 0.25, 0.0], [0.0, 0.05, 0.0, 0.05])
+    torch.testing.assert_close(found.spread, deviation, atol=1e-7, rtol=0)
+
+
+def test_streams_count_for_the_tasks_that_share_them():
+    # three numbers beyond the tasks: 2 is a stream of both tasks, 3 one of task c alone, 4 is nobody's
+    tokens, weights = [[0], [1], [2]], [[1.0], [1.0], [1.0]]
+    usage = ExpertUsage(TASKS, {2: (0, 1), 3: (1,)})
+    usage.update({"layer": routing(tokens, weights, (2, 3, 4))})
+    assert usage.compute()["layer"].slots.tolist() == [[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]]
+
+
 def test_usage_in_batches_is_usage_at_once():
     generator = torch.Generator().manual_seed(0)
     indices = torch.rand(12, 4, generator=generator).argsort(dim=-1)[:, :2]
@@ -96,10 +117,10 @@ def test_independent_models_share_a_layer_name():
     assert usage.compute()["l"].slots.tolist() == [[0.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
 
 
-def test_dense_mixture_counts_what_is_not_zero():
+def test_dense_mixture_counts_weights():
     usage = ExpertUsage(TASKS[:1])
     usage.update({"l": Routing(torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]), None, torch.zeros(2, 3), 0)})
-    torch.testing.assert_close(usage.compute()["l"].slots, torch.tensor([[2 / 3, 1 / 3, 0.0]], dtype=torch.float64))
+    torch.testing.assert_close(usage.compute()["l"].slots, torch.tensor([[0.75, 0.25, 0.0]], dtype=torch.float64))
     torch.testing.assert_close(usage.compute()["l"].mass, torch.tensor([[0.75, 0.25, 0.0]], dtype=torch.float64))
 
 
@@ -195,7 +216,7 @@ def test_diagnosis_of_a_layer():
     # experts 0 and 1 serve a task each, expert 2 gets 0.4 % of the choices, 3 none; of the even 25 %, 1 % is 0.25 %
     slots = shares([0.992, 0, 0.008, 0], [0, 1, 0, 0], [math.nan] * 4)
     mass = shares([1, 0, 0, 0], [0, 1, 0, 0], [math.nan] * 4)
-    found = diagnose(LayerUsage(slots, mass, shares(LOG2, LOG3, math.nan)))
+    found = diagnose(LayerUsage(slots, mass, shares(LOG2, LOG3, math.nan), mass, 0 * mass))
     assert json.loads(json.dumps(found)).keys() == found.keys() and set(BRIEF) <= found.keys()
     assert found["mutual_information"] == pytest.approx(LOG2, abs=1e-12)
     assert found["mutual_information_share"] == pytest.approx(1.0)
@@ -204,13 +225,13 @@ def test_diagnosis_of_a_layer():
     assert (found["dead_experts"], found["unused_experts"]) == (1, 1)
     assert found["gate_entropy"] == pytest.approx((LOG2 + LOG3) / 2)
     assert found["task_cosine"][0][:2] == pytest.approx([1.0, 0.0])
-    less = diagnose(LayerUsage(shares([0.998, 0, 0.002, 0], [0, 1, 0, 0]), mass[:2], shares(0, 0)))
+    less = diagnose(LayerUsage(shares([0.998, 0, 0.002, 0], [0, 1, 0, 0]), mass[:2], shares(0, 0), mass[:2], mass[:2]))
     assert (less["dead_experts"], less["unused_experts"]) == (2, 1)  # 0.1 % is below 0.25 %, but not nothing
 
 
 def test_one_task_or_one_expert_has_nothing_to_tell():
     for rows in (shares([0.5, 0.5]), shares([1.0], [1.0])):
-        found = diagnose(LayerUsage(rows, rows, torch.zeros(len(rows))))
+        found = diagnose(LayerUsage(rows, rows, torch.zeros(len(rows)), rows, 0 * rows))
         assert found["mutual_information"] == found["mutual_information_share"] == 0.0
 
 

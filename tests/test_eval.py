@@ -181,7 +181,7 @@ def test_the_page_is_whole_and_loads_nothing(whole):
         for metric, value in metrics.items():
             assert format_metric(value, results["metric_info"][task][metric]["unit"]) in page
     layers, maps = len(results["usage"]), math.ceil(len(results["metrics"]) / 3)
-    assert page.count("<img ") == len(results["metrics"]) + layers + maps
+    assert page.count("<img ") == len(results["metrics"]) + 2 * layers + maps  # usage and weights of every layer
     assert page.count("alt=") == page.count("<img ")
 
 

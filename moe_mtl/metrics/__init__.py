@@ -69,7 +69,8 @@ class MetricInfo:
             (prediction, target, valid) as the metrics here do. One with an attribute `by`, a key of the batch, also
             takes what stands there, int64 [b], as `groups`.
         higher_is_better: the direction of the value.
-        unit: of the value; "label" for the unit of the labels, "nat" for natural logarithms.
+        unit: of the value; "label" for the unit of the labels, "nat" for natural logarithms, empty for
+            a number without one.
         kinds: the kinds of task it can score.
         description: one line.
     """
@@ -118,15 +119,15 @@ METRICS: dict[str, MetricInfo] = {
     "accuracy": _info(Accuracy, "share", "classification"),
     "binary_accuracy": _info(BinaryAccuracy, "share", "binary", "multilabel", "binary_map"),
     "log_loss": _info(LogLoss, "nat", "binary", "classification", "multilabel", given=_labels),
-    "auc": _info(AUC, "share", "binary", "classification", "multilabel", given=_one_score),
-    "average_precision": _info(AveragePrecision, "share", "binary", "classification", "multilabel", given=_one_score),
-    "grouped_auc": _info(GroupedAUC, "share", "binary", "classification", given=_one_score),
+    "auc": _info(AUC, "", "binary", "classification", "multilabel", given=_one_score),
+    "average_precision": _info(AveragePrecision, "", "binary", "classification", "multilabel", given=_one_score),
+    "grouped_auc": _info(GroupedAUC, "", "binary", "classification", given=_one_score),
     "miou": _info(MeanIoU, "share", "segmentation", given=_classes),
     "pixel_accuracy": _info(PixelAccuracy, "share", "segmentation", given=_classes),
     "abs_error": _info(AbsError, "label", "depth", "regression"),
     "rel_error": _info(RelError, "share", "depth", "regression"),
     "rmse": _info(RMSE, "label", "depth", "regression"),
-    "r2": _info(R2, "share", "regression", given=_values),
+    "r2": _info(R2, "", "regression", given=_values),
     "delta_1": _info(Delta1, "share", "depth", "regression"),
     "angle_mean": _info(AngleMean, "degree", "normals"),
     "angle_median": _info(AngleMedian, "degree", "normals"),
