@@ -22,11 +22,16 @@ from moe_mtl.registry import create_model
 from moe_mtl.scoring import TaskMetrics
 from moe_mtl.tasks import Task
 from moe_mtl.trainer import Trainer
+from moe_mtl.trainer_config import TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, RUNS = ROOT / "benchmarks" / "tables", ROOT / "runs" / "tables"
 UNCOUNTED = ("out", "progress", "overwrite", "resume", "keep", "save_every", "log_every", "eval_every")
 BATCH = 4096
+# of options that a run older than they are does not mention
+DEFAULTS = {
+    key: value for key, value in asdict(TrainerConfig(out="", steps=1)).items() if key not in (*UNCOUNTED, "seed")
+}
 
 _DATA: dict[str, Any] = {}  # a data set is read once per process
 
@@ -62,7 +67,9 @@ def run(
     how = json.loads(json.dumps(how))
     if path.exists():
         found = json.loads(path.read_text())
-        if found["recipe"] == how and (not test or ("test" in found and predictions_file(study, name, seed).exists())):
+        if {**found["recipe"], "trainer": {**DEFAULTS, **found["recipe"]["trainer"]}} == how and (
+            not test or ("test" in found and predictions_file(study, name, seed).exists())
+        ):
             return found
     data = _DATA.setdefault(repr(recipe.data), recipe.data)
     config = replace(recipe.trainer, out=str(folder), seed=seed, overwrite=True, progress=False, save_every=10**9)

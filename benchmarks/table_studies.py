@@ -1,10 +1,12 @@
 """Studies of table models beside the census: python benchmarks/table_studies.py STUDY [--root=FOLDER] [--part=0/2]
 
+    related_regression_tuning, then
     related_regression   the order shared bottom, one gate, a gate per task as two regressions grow apart
     expert_recovery      which gates find the experts that made the labels
     multi_mnist          DSelect-k, softmax and top-k gates on two digits (--root: the MNIST files)
     click_log            MMoE, PLE and HoME on tasks from common to rare
     movielens            the same on watched and rated movies (--root: ml-latest-small)
+    entire_space         conversion rates over all impressions, learned from clicked rows or through products
     tox21                twelve assays (--root: the folder with tox21.csv.gz)
 
 Settings marked as tuned were chosen on validation rows with seed 0; seeds 1 to 5 are measured.
@@ -21,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout 
 
 import study
 import torch
+from torch import Tensor
 
 from moe_mtl.activity import expert_activity
-from moe_mtl.data import ClickLog, ExpertRecovery, MovieLens, MultiMNIST, RelatedRegression, Tox21
+from moe_mtl.data import ClickLog, EntireSpaceLog, ExpertRecovery, MovieLens, MultiMNIST, RelatedRegression, Tox21
 from moe_mtl.data.expert_recovery import jaccard
 from moe_mtl.recipes import ModelConfig, Recipe
 from moe_mtl.trainer_config import TrainerConfig
@@ -38,61 +41,92 @@ def recipe(model: str, data: Any, args: Mapping[str, Any], **how: Any) -> Recipe
     return Recipe(model=ModelConfig(name=model, args=dict(args)), data=data, trainer=TrainerConfig(**{**common, **how}))
 
 
+PRESETS = ("learnable", "paper")
+RATES = (1e-3, 3e-3, 1e-2)
+_BLIND = {"gate": "task_blind", "k": 8, "gate_args": {"noise_std": 0.0}}
+# as many parameters: 8 experts of 16 units, or one bottom of 125; towers of 8 units
+SHARING = {
+    "shared_bottom": ("shared_bottom_table", {"widths": [125], "tower": [8]}),
+    "one_gate": ("mmoe_table", {"widths": [16], "experts": 8, "tower": [8], **_BLIND}),
+    "mmoe": ("mmoe_table", {"widths": [16], "experts": 8, "tower": [8]}),
+}
+
+
+def regression_recipe(name: str, preset: Any, cosine: float, seed: int, lr: float) -> Recipe:
+    model, args = SHARING[name]
+    data = RelatedRegression(cosine=cosine, preset=preset, seed=seed)
+    return recipe(model, data, args, steps=3000, batch_size=256, lr=lr, weight_decay=0.0)
+
+
+def related_regression_tuning(root: str | None) -> Iterator[Job]:
+    """Three learning rates for every model at the cosine 0.5."""
+    for preset in PRESETS:
+        for name in SHARING:
+            for i, lr in enumerate(RATES):
+                made = regression_recipe(name, preset, 0.5, 0, lr)
+                yield partial(study.run, "related_regression_tuning", f"{preset}.{name}.{i}", made, 0)
+
+
 def related_regression(root: str | None) -> Iterator[Job]:
-    """Equal parameters: 8 experts of 16 units and towers of 8, or one bottom of 125 units."""
-    blind = {"gate": "task_blind", "k": 8, "gate_args": {"noise_std": 0.0}}
-    models = {
-        "shared_bottom": ("shared_bottom_table", {"widths": [125]}),
-        "one_gate": ("mmoe_table", {"widths": [16], "experts": 8, **blind}),
-        "mmoe": ("mmoe_table", {"widths": [16], "experts": 8}),
-    }
+    """The learning rate that was best on validation, for every seed and cosine."""
     for seed in SEEDS:
-        for cosine in (0.5, 0.9, 1.0):
-            for name, (model, args) in models.items():
-                data = RelatedRegression(cosine=cosine, seed=seed)
-                how = {"steps": 3000, "batch_size": 256, "lr": 3e-3}
-                made = recipe(model, data, {**args, "tower": [8]}, **how)
-                yield partial(study.run, "related_regression", f"{name}.{cosine}", made, seed, test=True)
+        for preset in PRESETS:
+            for name in SHARING:
+                tried = [study.read("related_regression_tuning", f"{preset}.{name}.{i}") for i in range(len(RATES))]
+                if not all(tried):
+                    raise ValueError("run related_regression_tuning first")
+                scores = [sum(task["r2"] for task in runs[0]["val"].values()) for runs in tried]
+                for cosine in (0.0, 0.5, 0.9, 1.0):
+                    made = regression_recipe(name, preset, cosine, seed, RATES[scores.index(max(scores))])
+                    yield partial(study.run, "related_regression", f"{preset}.{name}.{cosine}", made, seed, test=True)
+
+
+STARTS = 4
 
 
 def expert_recovery(root: str | None) -> Iterator[Job]:
-    """The true experts are given and fixed; gates and read-outs are learned."""
+    """The true experts are given and fixed; gates and read-outs are learned.
+
+    Every gate has four starts per seed, the experts in another order each; the best on validation counts.
+    """
     gates = {
-        "dselect_k": {"gate": "dselect_k", "k": 2},
+        "dselect_k": {"gate": "dselect_k", "k": 2, "gate_args": {"gamma": 3.0}},
         "noisy_topk": {"gate": "noisy_topk", "k": 2, "gate_args": {"normalize": "detached"}},
         "softmax": {"gate": "softmax"},
     }
+    entropy = {"regularizers": {"dselect_entropy": 0.5}, "regularize_from": 0.5}
     for seed in SEEDS:
         for name, args in gates.items():
-            data = ExpertRecovery(seed=seed)
+            data = ExpertRecovery(seed=seed, experts=8)
             sizes = {"experts": data.experts, "widths": [data.width], "activation": "tanh", "tower": []}
-            regularizers = {"dselect_entropy": 0.003} if name == "dselect_k" else {}
-            made = recipe(
-                "mmoe_table", data, {**sizes, **args}, steps=4000, batch_size=256, lr=1e-2, regularizers=regularizers
-            )
-            yield partial(
-                study.run, "expert_recovery", name, made, seed, test=True, prepare=give_experts, watch=recovered
-            )
+            how = {"steps": 1500, "batch_size": 256, "lr": 5e-2, **(entropy if name == "dselect_k" else {})}
+            made = recipe("mmoe_table", data, {**sizes, **args}, **how)
+            for start in range(STARTS):
+                order = torch.randperm(data.experts, generator=torch.Generator().manual_seed(start))
+                prepare, watch = partial(give_experts, order=order), partial(recovered, order=order)
+                yield partial(
+                    study.run, "expert_recovery", f"{name}.{start}", made, seed, test=True, prepare=prepare, watch=watch
+                )
 
 
-def give_experts(model: Any, data: ExpertRecovery) -> None:
-    """Puts the true experts into a model and fixes them."""
+def give_experts(model: Any, data: ExpertRecovery, order: Tensor) -> None:
+    """Puts the true experts into a model in this order and fixes them."""
     stack, (weight, bias) = model.moe_layers["level.0"].experts, data.expert_weights()
     with torch.no_grad():
-        stack.weight[0].copy_(torch.from_numpy(weight))
-        stack.bias[0].copy_(torch.from_numpy(bias))
+        stack.weight[0].copy_(torch.from_numpy(weight)[order])
+        stack.bias[0].copy_(torch.from_numpy(bias)[order])
     stack.requires_grad_(False)
 
 
 @torch.no_grad()
-def recovered(model: Any, data: ExpertRecovery) -> dict[str, Any]:
+def recovered(model: Any, data: ExpertRecovery, order: Tensor) -> dict[str, Any]:
     """Jaccard index of selected and true experts: all with a weight, and the k with the largest mean weight."""
     rows = data.split("val").rows
     _, routings = model(rows, return_routing=True)
     weights = routings["level.0"].dense_weights().unflatten(0, (len(model.tasks), -1)).mean(dim=1)
     truth = data.true_experts()
-    used = [row.nonzero().flatten().tolist() for row in weights]
-    largest = [row.topk(data.k).indices.tolist() for row in weights]
+    used = [order[row.nonzero().flatten()].tolist() for row in weights]
+    largest = [order[row.topk(data.k).indices].tolist() for row in weights]
     return {
         "jaccard": sum(map(jaccard, used, truth)) / len(truth),
         "jaccard_of_largest": sum(map(jaccard, largest, truth)) / len(truth),
@@ -102,6 +136,7 @@ def recovered(model: Any, data: ExpertRecovery) -> dict[str, Any]:
 
 def multi_mnist(root: str | None) -> Iterator[Job]:
     """The same LeNet and 8 experts under three gates; k is 2 where there is one."""
+    entropy = {"regularizers": {"dselect_entropy": 0.5}, "regularize_from": 0.5}
     gates = {
         "dselect_k": ("dselect_k_lenet", {"k": 2}),
         "softmax": ("mmoe_lenet", {}),
@@ -109,11 +144,33 @@ def multi_mnist(root: str | None) -> Iterator[Job]:
     }
     for seed in SEEDS:
         for name, (model, args) in gates.items():
-            regularizers = {"dselect_entropy": 0.05} if name == "dselect_k" else {}
-            made = recipe(
-                model, MultiMNIST(root=root), args, steps=1600, batch_size=128, lr=2e-3, regularizers=regularizers
-            )
+            how = {"steps": 1600, "batch_size": 128, "lr": 2e-3, **(entropy if name == "dselect_k" else {})}
+            made = recipe(model, MultiMNIST(root=root), args, **how)
             yield partial(study.run, "multi_mnist", name, made, seed, test=True, watch=selected)
+
+
+def entire_space(root: str | None) -> Iterator[Job]:
+    """Conversion rates over all impressions: from clicked rows alone, or through products over all rows."""
+    models = {
+        "clicked_rows": ("shared_bottom_table", {"widths": [256], "tower": [128]}, 1.0),
+        "clicked_rows_mmoe": ("mmoe_table", {}, 1.0),
+        "esmm": ("esmm_table", {}, 0.0),
+        "esmm_experts": ("esmm_table", {"experts": 8, "tower": [64]}, 0.0),
+        "aitm": ("aitm_table", {}, 0.0),
+    }
+    for seed in SEEDS:
+        for name, (model, args, weight) in models.items():
+            data = EntireSpaceLog(conversion_weight=weight, seed=seed)
+            made = recipe(model, data, {**args, "dropout": 0.3}, steps=1000, batch_size=512, lr=1e-3)
+            yield partial(study.run, "entire_space", name, made, seed, test=True, watch=calibration)
+
+
+@torch.no_grad()
+def calibration(model: Any, data: Any) -> dict[str, Any]:
+    """Mean predicted over mean true conversion rate, over all impressions of the test split."""
+    rows = data.split("test")
+    predicted = model(rows.rows)["conversion"].sigmoid().mean()
+    return {"predicted_over_true": float(predicted / rows.flat["conversion"].mean())}
 
 
 @torch.no_grad()
@@ -179,7 +236,19 @@ def tox21(root: str | None) -> Iterator[Job]:
             yield partial(study.run, "tox21", name, made, seed, test=True)
 
 
-STUDIES = {f.__name__: f for f in (related_regression, expert_recovery, multi_mnist, click_log, movielens, tox21)}
+STUDIES = {
+    f.__name__: f
+    for f in (
+        related_regression_tuning,
+        related_regression,
+        expert_recovery,
+        multi_mnist,
+        click_log,
+        movielens,
+        entire_space,
+        tox21,
+    )
+}
 
 
 def main(options: list[str]) -> None:
