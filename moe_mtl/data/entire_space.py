@@ -20,8 +20,8 @@ from moe_mtl.tasks import Task
 class EntireSpaceLog(Log, TableData):
     """Impressions, clicks, and conversions after clicks, whose probability is known for every impression.
 
-    Tasks: `click`; `conversion` given a click, labelled in clicked rows of the training and validation split alone and
-    not trained by itself (weight 0); `click_and_conversion`. In the test split `conversion` is labelled for every
+    Tasks: `click`; `conversion` given a click, labelled in clicked rows of the training and validation split alone;
+    `click_and_conversion`. In the test split `conversion` is labelled for every
     impression by a draw from its known probability: what a click would have led to. Inputs: user, item, four numbers.
 
     Attributes:
@@ -29,14 +29,17 @@ class EntireSpaceLog(Log, TableData):
         conversion_rate: mean probability of a conversion, given a click, over all impressions.
         bias: correlation of the tastes behind clicks and conversions, -1 to 1: above 0 clicked rows convert more often
             than others would.
+        conversion_weight: of the loss of `conversion`. 0 for models that learn it through the other two tasks; 1 for
+            one that is trained on clicked rows.
 
     Raises:
-        ValueError: a rate is not between 0 and 1, or the bias not from -1 to 1.
+        ValueError: a rate is not between 0 and 1, the bias not from -1 to 1, or the weight negative.
     """
 
     click_rate: float = 0.1
     conversion_rate: float = 0.1
     bias: float = 0.6
+    conversion_weight: float = 0.0
 
     def __post_init__(self):
         for name in ("click_rate", "conversion_rate"):
@@ -44,6 +47,8 @@ class EntireSpaceLog(Log, TableData):
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected between 0 and 1")
         if not -1 <= self.bias <= 1:
             raise ValueError(f"bias: got {self.bias}, expected -1 to 1")
+        if self.conversion_weight < 0:
+            raise ValueError(f"conversion_weight: got {self.conversion_weight}, expected at least 0")
 
     def probabilities(self) -> tuple[Impressions, NDArray, NDArray]:
         """The impressions, and the true probability of a click and of a conversion given a click, [n] each."""
@@ -68,7 +73,7 @@ class EntireSpaceLog(Log, TableData):
             part=log.part,
             tasks=(
                 Task.binary("click", metrics=AUC),
-                Task.binary("conversion", weight=0.0, metrics=AUC),
+                Task.binary("conversion", weight=self.conversion_weight, metrics=AUC),
                 Task.binary("click_and_conversion", metrics=AUC),
             ),
             kinds={"user": "categorical", "item": "categorical"},
