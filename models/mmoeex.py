@@ -1,7 +1,7 @@
 """MMoEEx: an MMoE in which part of the experts belong to one task alone, or are closed to one task.
 
 Paper: Aoki et al. 2021, MMoEEx, https://arxiv.org/abs/2106.10595 (experts by exclusivity and exclusion; the two-step
-    update is `TrainerConfig.inner_lr`, see `moe_mtl.two_step`; the diversity score is `moe_mtl.diagnostics`).
+    update is `TrainerConfig.inner_lr`, see `moe_mtl.two_step`; the diversity score is `moe_mtl.activity`).
 Differs: as in `moe_mtl.gates.exclusive`; experts are vectors that are summed, where the authors' census code has scalar
     experts that it concatenates.
 """
