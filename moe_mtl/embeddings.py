@@ -129,7 +129,7 @@ class SetEncoder(nn.Module):
     def __init__(self, columns: Sequence[Column], dim: int, std: float):
         super().__init__()
         widths = [column.width for column in columns]
-        owner = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
+        owner = torch.tensor([i for i, width in enumerate(widths) for _ in range(width)])
         self.register_buffer("owner", F.one_hot(owner, len(widths)).float(), persistent=False)
         self.table = nn.Parameter(torch.empty(sum(widths), dim).normal_(std=std))
 

@@ -44,7 +44,8 @@ def test_a_recipe_is_complete(name):
     recipe = get_recipe(name)
     # what is validated on construction is valid, and the model exists and predicts the tasks of the data
     read = isinstance(recipe.data, TableData) and hasattr(recipe.data, "root")  # tells tasks and columns of its files
-    tasks = [Task.binary("a"), Task.regression("b")] if read else recipe.data.task_list()
+    names = [name for row in recipe.model.args.get("categories", [["a"], ["b"]]) for name in row]
+    tasks = [Task.binary(names[0]), Task.regression(names[1])] if read else recipe.data.task_list()
     columns = {"columns": [{"name": "x", "kind": "vector", "size": 3}]} if read else {}
     if isinstance(recipe.data, TableData) and not read:
         columns = recipe.data.model_args()
