@@ -21,6 +21,9 @@ try:
             *("roofline", "shapes", "tune"),
         )
     )
+    study, table_studies, tables_doc = (
+        importlib.import_module(name) for name in ("study", "table_studies", "tables_doc")
+    )
 finally:
     sys.path.remove(str(BENCHMARKS))
 

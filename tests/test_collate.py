@@ -40,6 +40,15 @@ def sample(seed, **overrides):
     } | overrides
 
 
+def test_ids_of_groups_come_along():
+    tasks = [Task.binary("like", metrics={"grouped_auc": {"by": "user"}})]
+    samples = [{"image": torch.zeros(3, 2, 2), "like": float(i), "user": 7 + i, "item": 3} for i in range(2)]
+    batch = collate(samples, tasks)
+    assert batch.keys() == {"image", "like", "user"}
+    assert batch["user"].dtype == torch.int64 and batch["user"].tolist() == [7, 8]
+    assert "user" not in collate([{**samples[0], "user": None}, samples[1]], tasks)
+
+
 def test_complete_samples_are_stacked_in_order_and_other_columns_left_out():
     samples = [sample(i, comment="x") for i in range(3)]
     batch = collate(samples, TASKS)

@@ -35,13 +35,15 @@ def collate(
         samples: dicts with the inputs under their names and a label under each task's name. Labels may be tensors,
             arrays, numbers or nested lists; a label that is None or has no key is missing. Or one dict, a batch that
             its data set has stacked already: only labels are checked.
-        tasks: what to collect; other entries of the samples are left out.
+        tasks: what to collect, with the ids of groups that a metric of theirs names by `by`, which all samples must
+            have then; other entries of the samples are left out.
         inputs: keys of the pictures, each a tensor, array or PIL image as `to_image` takes it; or "table", a dict of
             tensors per sample.
 
     Returns:
         Each input float32 [b c h w]. Each task some sample has a label for, [b, ...] as the table in
-        `moe_mtl.tasks` says, with `Task.missing` where there is none; a task nobody has a label for has no entry.
+        `moe_mtl.tasks` says, with `Task.missing` where there is none; a task nobody has a label for has no entry. Ids
+        of groups as int64 [b].
 
     Raises:
         ValueError: no samples; an input is missing, not a picture or not of the others' size; a label has the wrong
@@ -79,6 +81,9 @@ def collate(
         filled = [task.missing(like) if label is None else label for label in read]
         batch[task.name] = _stack(filled, f"task {task.name!r}", "a task's labels have one size")
         task.check_target(batch[task.name], where="samples")
+    for key in {str(how["by"]) for task in tasks for how in task.metrics.values() if "by" in how}:
+        if all(sample.get(key) is not None for sample in samples):
+            batch[key] = torch.tensor([int(sample[key]) for sample in samples])
     return batch
 
 
