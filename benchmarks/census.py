@@ -41,7 +41,7 @@ SPACE: dict[str, tuple] = {
     "widths": ([64], [128], [128, 64]),
     "embedding_dim": (4, 8),
 }
-# around the best of these, which lay at the small end
+# smaller and with more decay, then faster and wider: the two directions from there
 SMALLER: dict[str, tuple] = {
     "lr": (2e-3, 3e-3, 5e-3),
     "batch_size": (1024, 2048),
@@ -52,6 +52,15 @@ SMALLER: dict[str, tuple] = {
     "embedding_dim": (2, 4),
     "weight_decay": (0.01, 0.1, 0.5),
 }
+FASTER: dict[str, tuple] = {
+    "lr": (3e-3, 5e-3, 8e-3),
+    "batch_size": (1024, 2048),
+    "epochs": (8, 12),
+    "dropout": (0.2, 0.3, 0.4),
+    "norm": ("none", "batch"),
+    "widths": ([64], [128], [256]),
+    "embedding_dim": (4, 8),
+}
 WIDER = 4  # a dense bottom is that many times as wide as one of 8 experts: about as many parameters
 
 
@@ -59,7 +68,7 @@ def settings() -> list[dict[str, Any]]:
     """The settings every family is tried with."""
     return [
         {name: values[generator.integers(len(values))] for name, values in space.items()}
-        for generator, space in ((np.random.default_rng(0), SPACE), (np.random.default_rng(1), SMALLER))
+        for generator, space in ((np.random.default_rng(i), space) for i, space in enumerate((SPACE, SMALLER, FASTER)))
         for _ in range(DRAWS)
     ]
 
