@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,23 +34,46 @@ class MoE(nn.Module):
         self.gate = gate
         self.experts = experts
 
-    def forward(self, x: Tensor, task: TaskIds | None, valid: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x: Tensor, task: TaskIds | None, valid: Tensor | None = None, group: int | None = None
+    ) -> tuple[Tensor, Routing]:
         """Mixes experts per token.
 
         Args:
             x: tokens [m, d].
             task: as `Gate.forward` takes it.
             valid: bool [m]; padding rows use no expert and give zeros.
+            group: tokens per sample, side by side; what a gate that mixes the tokens of a sample needs to know.
 
         Returns:
             Outputs [m, d_out] and the routing that made them.
+
+        Raises:
+            ValueError: the gate mixes the tokens of a sample, and `group` is missing.
         """
+        if self.gate.per_sample:
+            return self._through_slots(x, task, valid, group)
         routing = self.gate(x, task, valid)
         local = self.gate.in_bank(routing)
         # Gates of other classes than "task" name k different experts: of k experts, all, which makes a dense mixture.
         if local.indices is not None and local.k == local.num_experts and self.gate.compute_class != "task":
             local = Routing(local.dense_weights(), None, local.logits, local.task, local.valid)
         return self.experts(x, local), routing
+
+    def _through_slots(
+        self, x: Tensor, task: TaskIds | None, valid: Tensor | None, group: int | None
+    ) -> tuple[Tensor, Routing]:
+        if group is None:
+            raise ValueError("group: this gate mixes the tokens of a sample; pass how many tokens a sample has")
+        gate: Any = self.gate
+        dispatch, combine, routing = gate.slots(x, task, valid, group)
+        slots = torch.bmm(dispatch.mT.to(x.dtype), x.unflatten(0, (-1, group)).nan_to_num(0.0))  # [b, s, d]
+        rows, count = slots.shape[0] * slots.shape[1], len(self.kept_experts)
+        own = torch.arange(slots.shape[1], device=x.device) // gate.slots_per_expert
+        ids, weights = own.repeat(slots.shape[0]).unsqueeze(1), combine.new_ones(rows, 1)
+        read = self.experts(slots.flatten(0, 1), Routing(weights, ids, combine.new_zeros(rows, count), None))
+        y = torch.bmm(combine.to(read.dtype), read.unflatten(0, slots.shape[:2]))
+        return y.flatten(0, 1), routing
 
     def needed(self) -> list[int]:
         """Ids, ascending, of the held experts that some task can ever use."""
@@ -154,14 +178,14 @@ class ContextMoE(nn.Module):
         parting = isinstance(task, Sequence) and not context.stacked
         if parting and self.moe.gate.task_dependent:
             stacked = context.stack(x)
-            y, routing = self.moe(stacked.flatten(0, -2), task)
+            y, routing = self.moe(stacked.flatten(0, -2), task, group=x.shape[-2])
             shape: tuple[int, ...] = (stacked.shape[0] // x.shape[0], *x.shape[:-1])
         else:
             if parting:
                 task = None  # one pass serves all tasks
             elif isinstance(task, Tensor):
                 task = task.repeat_interleave(x[0, ..., 0].numel())
-            y, routing = self.moe(x.flatten(0, -2), task)
+            y, routing = self.moe(x.flatten(0, -2), task, group=x.shape[-2])
             shape = x.shape[:-1]
         context.routings[self.name] = routing
         return y.unflatten(0, shape)

@@ -29,7 +29,8 @@ class Level(nn.Module):
             residual path, which see a stream's own experts alone.
 
     Raises:
-        ValueError: a gate and the experts disagree on their number, or the gate and `streams` on theirs.
+        ValueError: a gate and the experts disagree on their number, or the gate and `streams` on theirs; or the gate
+            needs samples of several tokens.
     """
 
     def __init__(
@@ -42,6 +43,11 @@ class Level(nn.Module):
         own: Gate | None = None,
     ):
         super().__init__()
+        if gate.per_sample:
+            raise ValueError(
+                f"gate: {type(gate).__name__} mixes the tokens of a sample, and here a sample is one vector; choose "
+                "another gate, or a model with tokens"
+            )
         self.streams = tuple(range(gate.num_tasks)) if streams is None else tuple(streams)
         for each in (gate, own):
             if each is not None and each.num_experts != experts.num_experts:

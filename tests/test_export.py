@@ -7,7 +7,7 @@ from moe_mtl import create_model, extract
 from moe_mtl.gates import GATES
 from moe_mtl.tasks import Task
 
-MIXTURES = ("softmax", "sigmoid", "exclusive")  # gates over all experts, which take no k
+MIXTURES = ("softmax", "sigmoid", "exclusive", "soft_slots")  # gates over all experts, which take no k
 TASKS = (Task.depth(), Task.classification("scene", 3), Task.segmentation("semseg", 5))
 EXPERTS = 5
 

@@ -176,3 +176,93 @@ def test_no_noise_in_eval_or_at_zero(name):
     assert torch.equal(quiet(x, 1).dense_weights(), noisy(x, 1).dense_weights())
     noisy.train()
     assert not torch.equal(noisy(x, 1).noisy_logits, noisy(x, 1).noisy_logits)
+
+
+def test_softmax_gate_with_an_mlp_by_hand():
+    # x = 1, hidden layer W = (2, -1), b = (-1, 0): relu(1, -1) = (1, 0); scores log 3 * 1 and 0: weights (3, 1) / 4
+    gate = create_gate("softmax", 1, 2, 2, hidden=[2])
+    (layer,) = gate.layers
+    fill(layer.weight[1], [2, -1])
+    fill(layer.bias[1], [-1, 0])
+    fill(gate.router.weight[1], [[LOG(3), 7], [0, 5]])
+    close(gate(ONE, 1).weights, [[0.75, 0.25]])
+
+
+def test_dropout_of_the_softmax_gate_by_hand():
+    gate = create_gate("softmax", 1, 3, 1, dropout=0.5)
+    weights = torch.tensor([[0.125, 0.25, 0.625], [0.125, 0.25, 0.625]])
+    # the first row loses its second expert: (1, 5) / 6 are left; the second loses all and keeps all
+    kept = torch.tensor([[True, False, True], [False, False, False]])
+    close(gate.drop(weights, kept), [[1 / 6, 0, 5 / 6], [0.125, 0.25, 0.625]])
+
+
+def test_dropout_drops_that_share_in_training_alone():
+    gate = create_gate("softmax", 1, 4, 1, dropout=0.25)
+    torch.manual_seed(0)
+    x = torch.ones(20_000, 1)
+    dropped = (gate.train()(x, 0).weights == 0).float().mean().item()
+    # four weights are all dropped, and then all kept, in 0.25^4 = 0.4 % of the rows: 25 % less that
+    assert dropped == pytest.approx(0.25 - 0.25**4, abs=0.01)
+    assert (gate.eval()(x, 0).weights > 0).all()
+
+
+def test_experts_a_task_can_see_by_hand():
+    # scores log(1, 2, 5); task 1 sees experts 0 and 2 alone: weights (1, 0, 5) / 6
+    gate = create_gate("softmax", 1, 3, 2, visible=[[0, 1, 2], [2, 0]])
+    fill(gate.router.weight[1], [0, LOG(2), LOG(5)])
+    routing = gate(ONE, 1)
+    close(routing.weights, [[1 / 6, 0, 5 / 6]])
+    assert routing.weights[0, 1] == 0 and routing.logits[0, 1] == -1e4
+    assert gate.reachable(1) == (0, 2) and gate.reachable(0) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("kind", ["exclusivity", "exclusion"])
+def test_exclusive_gate_deals_experts(kind):
+    # half of eight experts are dealt over two tasks, two each: exclusively, a task sees its 2 and the 4 open ones and
+    # none of the other's; by exclusion, all but its own 2. Either way 4 are open to both and each sees 6
+    gate = create_gate("exclusive", 1, 8, 2, alpha=0.5, kind=kind, seed=3)
+    seen = [set(gate.reachable(task)) for task in range(2)]
+    assert [len(ids) for ids in seen] == [6, 6] and len(seen[0] & seen[1]) == 4
+    weights = gate(ONE, 0).weights[0]
+    assert set(weights.nonzero().flatten().tolist()) == seen[0] and weights.sum().item() == pytest.approx(1)
+
+
+def test_sigmoid_by_hand():
+    # scores log(1, 3): sigma = 1/2 and 3/4, whatever the other; with a log of -log 3 it is 1/4
+    gate = create_gate("sigmoid", 1, 2, 2)
+    fill(gate.router.weight[1], [0, LOG(3)])
+    close(gate(ONE, 1).weights, [[0.5, 0.75]])
+    close(gate(-ONE, 1).weights, [[0.5, 0.25]])
+
+
+def test_expert_choice_by_hand():
+    # two experts, k = 1, three tokens of a task: each expert takes ceil(3 * 1 / 2) = 2. With scores (s, 0) an expert
+    # has probability e^s / (1 + e^s) and 1 less that: token s = log 3 has 3/4, log 1 has 1/2, -log 3 has 1/4.
+    gate = create_gate("expert_choice", 1, 2, 2, 1)
+    fill(gate.router.weight[1], [LOG(3), 0])
+    x = torch.tensor([[1.0], [0.0], [-1.0]])
+    # expert 0 takes tokens 0 and 1 (3/4, 1/2), expert 1 tokens 2 and 1 (3/4, 1/2)
+    close(gate.train()(x, 1).weights, [[0.75, 0], [0.5, 0.5], [0, 0.75]])
+    # a token chooses for itself: its better expert, the first of equal ones
+    routing = gate.eval()(x, 1)
+    assert routing.indices.tolist() == [[0], [0], [1]]
+    close(routing.weights, [[0.75], [0.5], [0.75]])
+
+
+def test_expert_choice_leaves_tokens_out_and_counts_tasks_and_padding_apart():
+    gate = create_gate("expert_choice", 1, 2, 2, 1).train()
+    for task in range(2):
+        fill(gate.router.weight[task], [LOG(3), 0])
+    # four tokens, capacity 2: all prefer expert 0, which takes the two best; expert 1 takes the two it likes best, the
+    # other two. p_0 = 3^x / (1 + 3^x)
+    x = torch.tensor([[3.0], [1.0], [2.0], [4.0]])
+    used = gate(x, 0).weights > 0
+    assert used.tolist() == [[True, False], [False, True], [False, True], [True, False]]
+    # by task: tokens 0 and 1 are of task 0 and 2 and 3 of task 1; capacity ceil(2 / 2) = 1 in each
+    expected = [[True, False], [False, True], [False, True], [True, False]]
+    assert (gate(x, (0, 1)).weights > 0).tolist() == expected
+    assert (gate(x, torch.tensor([0, 0, 1, 1])).weights > 0).tolist() == expected
+    # the last token is padding: three are left, capacity 2, and it takes no place
+    valid = torch.tensor([True, True, True, False])
+    used = gate(x, 0, valid).weights > 0
+    assert used.tolist() == [[True, False], [False, True], [True, True], [False, False]]

@@ -14,9 +14,22 @@ from moe_mtl.regularizers import REGULARIZERS, total
 from moe_mtl.routing import Routing
 
 DIM, TASKS = 6, 4
-PER_TASK = ("softmax", "sigmoid", "exclusive", "noisy_topk", "assigned", "dselect_k")  # each parameter is of one task
-MIXTURES = sorted(name for name, gate in GATES.items() if issubclass(gate, SoftmaxGate))  # over all experts: no k
-STATIC = ("assigned", "dselect_k", "exclusive")  # the task alone decides which experts it can reach
+PER_TASK = (
+    "softmax",
+    "soft_slots",
+    "sigmoid",
+    "exclusive",
+    "noisy_topk",
+    "expert_choice",
+    "assigned",
+    "dselect_k",
+)  # each parameter is of one task
+MIXTURES = [
+    "soft_slots",
+    *sorted(name for name, gate in GATES.items() if issubclass(gate, SoftmaxGate)),
+]  # over all experts: no k
+STATIC = ("assigned", "dselect_k", "exclusive", "task_level")  # the task alone decides which experts it can reach
+MIXED_IN_TRAINING = ("task_level", "expert_choice")  # over all experts, whatever k
 TOPK = sorted(name for name, gate in GATES.items() if issubclass(gate, TopKGate))
 SIZES = [(1, 1), (3, 2), (5, 5), (7, 1)]  # experts, k: one expert; not a power of two; all of them; one of many
 
@@ -29,6 +42,8 @@ def make(name: str, experts: int = 5, k: int = 2, dtype=torch.float32, seed: int
         options = {"alpha": 0.5, "kind": "exclusion"} | options if experts > 1 else {"alpha": 0.0}
     if name == "dselect_k":  # no selector is at an end of the smooth-step, where gradients and weights are exactly 0
         options = {"gamma": 5.0} | options
+    if name == "task_level":  # mixtures whose gradients are not small
+        options = {"selection": "softmax", "embedding_dim": 4, "start": 1.0} | options
     gate = create_gate(name, DIM, experts, TASKS, None if name in MIXTURES else k, **options).to(dtype)
     with torch.no_grad():
         for parameter in gate.parameters():  # no parameter at a special value, such as a zero bias
@@ -66,8 +81,8 @@ def test_routing_is_well_formed(name, experts, k, training):
     gate = make(name, experts, k).train(training)
     routing = gate(tokens(8), (0, 2))
     assert routing.logits.shape == (8, experts)
-    assert routing.weights.shape == (8, gate.k)
-    assert (routing.weights > 0).all() or name == "exclusive"
+    assert routing.weights.shape == (8, experts if training and name in MIXED_IN_TRAINING else gate.k)
+    assert (routing.weights > 0).all() or name == "exclusive" or (training and name == "expert_choice")
     assert (routing.weights.sum(-1) <= 1 + 1e-6).all() or name == "sigmoid"
     if routing.indices is not None:
         assert routing.indices.dtype == torch.int64
@@ -228,7 +243,10 @@ def test_tasks_differ_unless_the_gate_is_blind(name):
     a, b = gate(x, 0), gate(x, 3)
     if gate.task_dependent:
         assert (a.logits - b.logits).abs().max() > 0.1
-        assert not torch.equal(a.dense_weights() > 0, b.dense_weights() > 0) or a.indices is None
+        if name == "task_level":  # tasks may agree on the experts
+            assert not torch.equal(a.dense_weights(), b.dense_weights())
+        else:
+            assert not torch.equal(a.dense_weights() > 0, b.dense_weights() > 0) or a.indices is None
     else:
         assert torch.equal(dense(a), dense(b))
 
@@ -462,8 +480,11 @@ def test_compute_classes():
     assert {name: gate.compute_class for name, gate in GATES.items()} == {
         "softmax": "dense",
         "sigmoid": "dense",
+        "soft_slots": "dense",
         "exclusive": "dense",
         "noisy_topk": "token",
+        "expert_choice": "token",
+        "task_level": "task",
         "dselect_k": "task",
         "task_embedding": "token",
         "task_blind": "token",

@@ -51,10 +51,11 @@ ALLOWED = {
     "memory": set(),
     "palette": set(),
     "viz": {"diagnostics", "palette", "routing", "tasks"},
+    "charts": {"activity", "diagnostics", "palette", "tasks", "viz"},
     "results": {"cost", "diagnostics", "hub", "scoring", "tasks"},
     "card": {"cost", "gates", "results", "trainer_config"},
     "page": set(),
-    "report": {"viz", "cost", "diagnostics", "hub", "page", "results", "tasks"},
+    "report": {"activity", "charts", "viz", "cost", "diagnostics", "hub", "page", "results", "tasks"},
     "trainer_config": set(),
     "run_log": {"checkpoint", "hub"},
     "checkpoint": {"hub", "tasks"},
@@ -71,7 +72,7 @@ THIRD_PARTY = {
     "transformers": {"backbones"},
     "datasets": {"data"},
     "accelerate": {"trainer"},
-    "matplotlib": {"page", "report", "viz"},
+    "matplotlib": {"charts", "page", "report", "viz"},
     "torchmetrics": {"metrics", "scoring"},
 }
 

@@ -16,7 +16,7 @@ from moe_mtl.registry import register_model
 from moe_mtl.tasks import Task
 from moe_mtl.testing import assert_matches
 
-MIXTURES = ("softmax", "sigmoid", "exclusive")  # gates over all experts, which take no k
+MIXTURES = ("softmax", "sigmoid", "exclusive", "soft_slots")  # gates over all experts, which take no k
 TASKS = (
     Task.segmentation("semseg", 5),
     Task.depth(),

@@ -14,7 +14,7 @@ from moe_mtl.sparse import keep_experts
 from moe_mtl.tasks import Task
 from moe_mtl.testing import assert_matches
 
-MIXTURES = ("softmax", "sigmoid", "exclusive")  # gates over all experts, which take no k
+MIXTURES = ("softmax", "sigmoid", "exclusive", "soft_slots")  # gates over all experts, which take no k
 TASKS = (Task.depth(), Task.classification("scene", 3), Task.regression("tilt"), Task.segmentation("semseg", 4))
 NAMES = [task.name for task in TASKS]
 E, K, LAYERS = 7, 2, ("blocks.0", "blocks.1")
@@ -29,6 +29,7 @@ def tiny(gate="noisy_topk", shun=False, seed=0, **overrides):
     torch.manual_seed(seed)
     sizes = {"image_size": 16, "patch_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "head_width": 8, "every": 1}
     k = None if gate in MIXTURES else K
+    sizes["gate_args"] = {"start": 0.2} if gate == "task_level" else {}  # cool: one of its two experts does little
     model = create_model(
         "m3vit_micro", tasks=TASKS, **{**sizes, "gate": gate, "experts": E, "k": k, **overrides}
     ).eval()
@@ -40,9 +41,14 @@ def tiny(gate="noisy_topk", shun=False, seed=0, **overrides):
             model.backbone.blocks[1].norm2.bias[0] = 10  # every token of layer 1 has a 10 there
             router = model.moe_layers["blocks.1"].gate
             for task in range(len(TASKS)):
-                if gate in MIXTURES:
+                if gate == "soft_slots":
+                    router.slot[task][SHUNNED] = -torch.eye(router.dim)[0]
+                    router.scale[task].fill_(300)
+                elif gate == "task_level":
+                    router.router_bias[SHUNNED] = -300
+                elif gate in MIXTURES:
                     router.router.bias[task][SHUNNED] = -300
-                elif gate == "noisy_topk":
+                elif gate in ("noisy_topk", "expert_choice"):
                     router.router.weight[task][SHUNNED, 0] = -30
                 elif gate == "assigned":  # tasks 0 and 1 have experts 0 and 1
                     router.weight[task][router.indices[task] == SHUNNED] = -300
@@ -88,7 +94,7 @@ def test_without_calibration_it_is_exact_and_holds_the_reachable_experts_alone(g
     agree(small, model, x, tasks)
     assigned = {"depth": [0, 1], "scene": [0, 1], "tilt": [2, 3], "semseg": [4, 5]}  # the groups of 4 tasks
     ids = sorted(e for name in tasks for e in assigned[name]) if gate == "assigned" else list(range(E))
-    if gate in ("dselect_k", "exclusive"):
+    if gate in ("dselect_k", "exclusive", "task_level"):
         for layer, held in kept(small).items():
             reached = [model.moe_layers[layer].gate.reachable(NAMES.index(name)) for name in tasks]
             assert held == sorted(set().union(*reached))

@@ -5,6 +5,7 @@ shapes (`Mlp`, `GluMlp`, `SwiGLU`): ViT, DeiT, EVA, BEiT, ViT-relpos and their k
 """
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -83,7 +84,8 @@ def moefy(
             f"hidden: 'split' computes what the dense model did only when every expert is used; got k={k} of "
             f"{experts} experts. Use k={experts}, or hidden='copy'"
         )
-    chosen = GATES[gate].compute_class == "token"  # softmax over all experts: the weights of the chosen add up to less
+    # a softmax over all experts: the weights of the chosen add up to less
+    chosen = "normalize" in inspect.signature(GATES[gate]).parameters
     router_args: dict[str, Any] = {"normalize": "detached"} if chosen else {}
     if hidden == "split" and chosen:
         router_args["noise_std"] = 0.0  # noise would make the weights unequal in training

@@ -6,11 +6,14 @@ from moe_mtl.gates._gate import Gate
 from moe_mtl.gates.assigned import AssignedGate
 from moe_mtl.gates.dselect_k import DSelectKGate
 from moe_mtl.gates.exclusive import ExclusiveGate
+from moe_mtl.gates.expert_choice import ExpertChoiceGate
 from moe_mtl.gates.noisy_topk import NoisyTopKGate
 from moe_mtl.gates.sigmoid import SigmoidGate
+from moe_mtl.gates.soft_slots import SoftSlotsGate
 from moe_mtl.gates.softmax import SoftmaxGate
 from moe_mtl.gates.task_blind import TaskBlindGate
 from moe_mtl.gates.task_embedding import TaskEmbeddingGate
+from moe_mtl.gates.task_level import TaskLevelGate
 from moe_mtl.tasks import nearest
 
 __all__ = ["GATES", "Gate", "create_gate", "resolve_k"]
@@ -18,17 +21,22 @@ __all__ = ["GATES", "Gate", "create_gate", "resolve_k"]
 GATES: dict[str, type[Gate]] = {
     "softmax": SoftmaxGate,
     "noisy_topk": NoisyTopKGate,
+    "expert_choice": ExpertChoiceGate,
     "task_embedding": TaskEmbeddingGate,
     "task_blind": TaskBlindGate,
     "assigned": AssignedGate,
     "dselect_k": DSelectKGate,
     "exclusive": ExclusiveGate,
     "sigmoid": SigmoidGate,
+    "soft_slots": SoftSlotsGate,
+    "task_level": TaskLevelGate,
 }
 
 
 def resolve_k(name: str, num_experts: int, k: int | None) -> int:
-    """The experts per token meant by k: None is all of them for a dense gate, otherwise 4, or all when there are fewer.
+    """The experts per token meant by k: None is all of them for a dense gate, otherwise the gate's `default_k`.
+
+    That is 4 for most gates, or all experts when there are fewer.
 
     Raises:
         ValueError: the gate's name is unknown.
@@ -37,7 +45,7 @@ def resolve_k(name: str, num_experts: int, k: int | None) -> int:
         raise ValueError(f"gate: unknown {name!r}; {nearest(name, GATES)}")
     if k is not None:
         return k
-    return num_experts if GATES[name].compute_class == "dense" else min(4, num_experts)
+    return num_experts if GATES[name].compute_class == "dense" else min(GATES[name].default_k, num_experts)
 
 
 def create_gate(name: str, dim: int, num_experts: int, num_tasks: int, k: int | None = None, **options) -> Gate:

@@ -36,8 +36,12 @@ class Gate(nn.Module, ABC):
     compute_class: Literal["dense", "token", "task", "weight"]
     # False: the same weights for every task, so features stay shared and tasks need not be stacked after this gate.
     task_dependent: ClassVar[bool] = True
+    # True: experts read mixtures of the tokens of a sample (see `SoftSlotsGate.slots`), so a layer must know samples.
+    per_sample: ClassVar[bool] = False
     # False: the weights of a token may sum to something else than 1, or cannot be made to (see `moefy`).
     shares_out: bool = True
+    # what `resolve_k` takes where no k is named
+    default_k: ClassVar[int] = 4
     kept: Tensor | None
     rows: Tensor | None
 
