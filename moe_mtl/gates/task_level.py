@@ -146,9 +146,8 @@ class TaskLevelGate(RouterGate):
             return None
         with torch.no_grad():
             logits = self._blocks([task], 1, torch.promote_types(self.table[task].dtype, torch.float32))
-            indices = self.choose(logits, task, None).indices
-        assert indices is not None  # there are some in evaluation
-        return tuple(sorted(indices[0].tolist()))
+            routing = self.choose(logits, task, None)
+        return tuple(routing.dense_weights()[0].nonzero().flatten().tolist())
 
     @torch.no_grad()
     def zero_scores(self) -> None:
