@@ -81,13 +81,13 @@ def related_regression(root: str | None) -> Iterator[Job]:
                     yield partial(study.run, "related_regression", f"{preset}.{name}.{cosine}", made, seed, test=True)
 
 
-STARTS = 4
+STARTS = 8
 
 
 def expert_recovery(root: str | None) -> Iterator[Job]:
     """The true experts are given and fixed; gates and read-outs are learned.
 
-    Every gate has four starts per seed, the experts in another order each; the best on validation counts.
+    Every gate has eight starts per seed, the experts in another order each; the best on validation counts.
     """
     gates = {
         "dselect_k": {"gate": "dselect_k", "k": 2, "gate_args": {"gamma": 3.0}},
