@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moe_mtl.data._frames import encode_rows
 from moe_mtl.data.collate import collate, to_image
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from moe_mtl.data.parkinsons import Parkinsons
     from moe_mtl.data.procroom import ProcRoom
     from moe_mtl.data.related_regression import RelatedRegression
+    from moe_mtl.data.sklearn_sets import SklearnSet
     from moe_mtl.data.table import Table
     from moe_mtl.data.tox21 import Tox21
 
@@ -42,6 +44,7 @@ _CLASSES = {
     "parkinsons": "Parkinsons",
     "procroom": "ProcRoom",
     "related_regression": "RelatedRegression",
+    "sklearn_sets": "SklearnSet",
     "table": "Table",
     "tox21": "Tox21",
 }
@@ -59,9 +62,11 @@ __all__ = [
     "Parkinsons",
     "ProcRoom",
     "RelatedRegression",
+    "SklearnSet",
     "Table",
     "Tox21",
     "collate",
+    "encode_rows",
     "to_image",
 ]
 

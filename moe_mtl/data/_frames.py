@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moe_mtl.columns import COLUMN_KINDS, Column, of_kind
+from moe_mtl.columns import COLUMN_KINDS, Column, of_kind, read_columns
 from moe_mtl.tasks import CLASS_KINDS, Task, nearest
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def read_numbers(values: "Series") -> NDArray[np.float64]:
     if wrong.any():
         raise ValueError(
             f"columns: {values.name!r} is numeric, but {int(wrong.sum())} of {len(values)} rows are no numbers, such "
-            f"as {values[wrong].iloc[0]!r}; mend them, or give it the kind categorical"
+            f"as {values[wrong].tolist()[0]!r}; mend them, or give it the kind categorical"
         )
     array = numbers.to_numpy(dtype=np.float64, na_value=math.nan)
     if np.isinf(array).any():
@@ -225,15 +225,17 @@ def members_of(entry: Any) -> list[str]:
 
 
 def encode_rows(
-    frame: "DataFrame", columns: Sequence[Column], vectors: Mapping[str, NDArray] | None = None
+    frame: "DataFrame",
+    columns: Sequence[Column | Mapping[str, Any]],
+    vectors: Mapping[str, NDArray] | None = None,
 ) -> dict[str, Tensor]:
-    """Rows of a data frame as a model takes them, see `moe_mtl.columns`.
+    """Rows of a data frame as a model takes them, see `moe_mtl.columns`: of new data, too.
 
     A category that the training rows did not have, or none at all, gets the id 0; further columns are not read.
 
     Args:
         frame: has the columns by name.
-        columns: of the model.
+        columns: of the model, such as `model.config["args"]["columns"]`.
         vectors: values [b, size] of the columns of kind vector.
 
     Raises:
@@ -242,6 +244,7 @@ def encode_rows(
     from pandas import Index
 
     rows: dict[str, Tensor] = {}
+    columns = read_columns(columns)
     for column in columns:
         if column.kind != "vector" and column.name not in frame:
             raise ValueError(
@@ -282,7 +285,7 @@ def encode_rows(
 
 def label_tensor(values: NDArray, task: Task) -> Tensor:
     """Labels with the dtype their kind has."""
-    return torch.from_numpy(np.asarray(values, dtype=np.int64 if task.kind in CLASS_KINDS else np.float32))
+    return torch.from_numpy(np.array(values, dtype=np.int64 if task.kind in CLASS_KINDS else np.float32))
 
 
 def check_labels(found: Source) -> None:

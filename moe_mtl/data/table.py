@@ -76,7 +76,7 @@ class Table(TableData):
             wrong = ~np.isin(part, SPLITS)
             if wrong.any():
                 raise ValueError(
-                    f"split_by: {self.split_by!r} is {frame[self.split_by][wrong].iloc[0]!r} in one of "
+                    f"split_by: {self.split_by!r} is {frame[self.split_by][wrong].tolist()[0]!r} in one of "
                     f"{int(wrong.sum())} rows of {len(frame)}; expected {', '.join(SPLITS)}"
                 )
         else:
@@ -107,12 +107,15 @@ def read_frame(root: str | None) -> "DataFrame":
     if not path.is_file():
         raise FileNotFoundError(f"root: {path} is not a file; expected a CSV, TSV or Parquet table")
     name = path.name.lower()
-    if name.endswith(".parquet"):
-        frame = pandas.read_parquet(path)
-    elif ".csv" in name or ".tsv" in name:
-        frame = pandas.read_csv(path, sep="\t" if ".tsv" in name else ",")
-    else:
+    if not name.endswith(".parquet") and ".csv" not in name and ".tsv" not in name:
         raise ValueError(f"root: {path} is neither .csv, .tsv nor .parquet")
+    try:
+        if name.endswith(".parquet"):
+            frame = pandas.read_parquet(path)
+        else:
+            frame = pandas.read_csv(path, sep="\t" if ".tsv" in name else ",")
+    except (ValueError, OSError) as error:  # pandas' own errors are of these kinds
+        raise ValueError(f"root: {path} cannot be read as a table ({error})") from error
     if not len(frame):
         raise ValueError(f"root: {path} holds no rows")
     frame.columns = [str(column) for column in frame.columns]
@@ -150,6 +153,11 @@ def read_label(values: "Series", kind: str | None, train: NDArray) -> tuple[Task
         numbers = read_numbers(values)
         own = numbers[train & ~np.isnan(numbers)]
         return Task.regression(name, mean=float(own.mean()), std=float(own.std()) or 1.0), numbers
+    if len(distinct) == 1:
+        raise ValueError(
+            f"tasks: {name!r} has the one label {seen.tolist()[0]!r} in all {len(seen)} labelled of {int(train.sum())} "
+            "training rows: there is nothing to learn; leave it out of the tasks, or draw other splits"
+        )
     if kind == "binary" and len(distinct) > 2:
         raise ValueError(
             f"tasks: {name!r} has {len(distinct)} values ({', '.join(map(str, distinct[:5]))}, ...) in {len(seen)} "
@@ -160,8 +168,8 @@ def read_label(values: "Series", kind: str | None, train: NDArray) -> tuple[Task
     strange = found.isna() & values.notna()
     if strange.any():
         raise ValueError(
-            f"tasks: {name!r} is {values[strange].iloc[0]!r} in one of {int(strange.sum())} rows of {len(values)}, "
-            "which no training row has; drop these rows, empty the field, or draw the splits with another seed"
+            f"tasks: {name!r} is {values[strange].tolist()[0]!r} in {int(strange.sum())} rows of {len(values)}, which no "
+            "training row has; drop these rows, empty the field, or draw the splits with another seed"
         )
     if kind == "binary":
         if len(distinct) < 2:
