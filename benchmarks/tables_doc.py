@@ -225,7 +225,7 @@ def multi_mnist() -> str:
     return section(
         "Two digits",
         "Accuracy on Multi-MNIST with a LeNet, 8 experts and k = 2 where the gate has a k; DSelect-k's entropy "
-        "regularizer is on from half of the updates.",
+        "regularizer is on from a quarter of the updates.",
         "table_studies.py multi_mnist --root=FOLDER",
         table(head, rows),
     )

@@ -168,15 +168,10 @@ def read_label(values: "Series", kind: str | None, train: NDArray) -> tuple[Task
     strange = found.isna() & values.notna()
     if strange.any():
         raise ValueError(
-            f"tasks: {name!r} is {values[strange].tolist()[0]!r} in {int(strange.sum())} rows of {len(values)}, which no "
-            "training row has; drop these rows, empty the field, or draw the splits with another seed"
+            f"tasks: {name!r} is {values[strange].tolist()[0]!r} in {int(strange.sum())} rows of {len(values)}, "
+            "which no training row has; drop these rows, empty the field, or draw the splits with another seed"
         )
     if kind == "binary":
-        if len(distinct) < 2:
-            raise ValueError(
-                f"tasks: {name!r} is {distinct[0]!r} in all {len(seen)} labelled training rows: there is nothing to "
-                "learn; leave it out of the tasks"
-            )
         return Task.binary(name), found.to_numpy(dtype=np.float64, na_value=np.nan)
     task = Task.classification(name, len(distinct), classes=tuple(map(str, distinct)))
     return task, found.fillna(task.ignore_index).to_numpy(dtype=np.int64)
