@@ -113,7 +113,7 @@ class ExpertStack(nn.Module):
         """The rows of these experts: a view where they are neighbours."""
         if ids is None:
             return parameter
-        if list(ids) == list(range(ids[0], ids[0] + len(ids))):
+        if _neighbours(ids):
             return parameter.narrow(0, ids[0], len(ids))
         return parameter[list(ids)]
 
@@ -127,7 +127,7 @@ class ExpertStack(nn.Module):
             raise ValueError("x: got a batch of one in training; batch norm needs two rows, or take norm='layer'")
         mean = self._of(getattr(self, f"running_mean_{layer}"), ids).flatten()
         var = self._of(getattr(self, f"running_var_{layer}"), ids).flatten()
-        own = ids is None or mean.data_ptr() == getattr(self, f"running_mean_{layer}").data_ptr()
+        own = ids is None or _neighbours(ids)  # views, which the update reaches
         y = F.batch_norm(z.flatten(1), mean, var, scale.flatten(), shift.flatten(), self.training)
         if self.training and not own:  # statistics of copied rows go back to where they came from
             with torch.no_grad():
@@ -152,3 +152,8 @@ class ExpertStack(nn.Module):
             f"num_experts={self.num_experts}, dim={self.dim}, widths={self.widths}, activation={self.activation!r}, "
             f"norm={self.norm!r}, dropout={self.dropout}"
         )
+
+
+def _neighbours(ids: Sequence[int]) -> bool:
+    """Whether ids stand side by side in ascending order."""
+    return list(ids) == list(range(ids[0], ids[0] + len(ids)))
