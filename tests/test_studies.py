@@ -71,8 +71,8 @@ def test_true_experts_in_another_order_are_recognised():
         ).eval()
         table_studies.give_experts(model, data, order)
         found = table_studies.recovered(model, data, order)
-        assert found["experts_used"] == 2.0
-        assert found["jaccard"] == 1.0 if expected else found["jaccard"] < 0.5
+        assert found["experts_used"] == [2] * 6
+        assert found["jaccard"] == [1.0] * 6 if expected else sum(found["jaccard"]) < 3
     weight = torch.from_numpy(data.expert_weights()[0])
     assert torch.equal(model.moe_layers["level.0"].experts.weight[0][0], weight[3])
 
