@@ -137,7 +137,7 @@ def recovered(model: Any, data: ExpertRecovery, order: Tensor) -> dict[str, Any]
 
 def multi_mnist(root: str | None) -> Iterator[Job]:
     """The same LeNet and 8 experts under three gates; k is 2 where there is one."""
-    entropy = {"regularizers": {"dselect_entropy": 2.0}, "regularize_from": 0.25}
+    entropy = {"regularizers": {"dselect_entropy": 5.0}, "regularize_from": 0.25}
     gates = {
         "dselect_k": ("dselect_k_lenet", {"k": 2}),
         "softmax": ("mmoe_lenet", {}),

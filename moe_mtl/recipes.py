@@ -376,7 +376,7 @@ def dselect_k_mnist() -> Recipe:
             lr=2e-3,
             warmup=100,
             weight_decay=0.01,
-            regularizers={"dselect_entropy": 2.0},
+            regularizers={"dselect_entropy": 5.0},
             regularize_from=0.25,
             eval_every=400,
             save_every=400,
