@@ -31,7 +31,9 @@ def main(argv: list[str]) -> int:
     try:
         if not argv or argv[0] in ("--list", "--help", "-h"):
             print(__doc__)
-            print("Recipes:\n" + "\n".join(f"  {name:32}{line}" for name, line in list_recipes().items()))
+            recipes = list_recipes()
+            width = max(map(len, recipes)) + 2
+            print("Recipes:\n" + "\n".join(f"  {name:{width}}{line}" for name, line in recipes.items()))
             return 0
         name, options = recipe_name(argv)
         given = parse(name, options)
