@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from moe_mtl.backbones.timm_vit import build_vit, chosen_blocks, with_experts
+from moe_mtl.backbones._upcycle import chosen_blocks
+from moe_mtl.backbones.timm_vit import build_vit, with_experts
 from moe_mtl.experts import ExpertBank
 from moe_mtl.gates import create_gate, resolve_k
 from moe_mtl.layers import ExpertBlock, MoE

@@ -15,10 +15,10 @@ class Features:
     """What a backbone hands to the heads.
 
     Attributes:
-        patches: patch tokens [b, n, d], row-major over `grid`.
-        pooled: one vector per image [b, d].
-        grid: patches per column and row.
-        image_size: height and width of the input in pixels.
+        patches: patch tokens [b, n, d], row-major over `grid`; for text, the tokens.
+        pooled: one vector per sample [b, d].
+        grid: patches per column and row; (1, n) for text.
+        image_size: height and width of the input in pixels; (1, n) for text.
     """
 
     patches: Tensor

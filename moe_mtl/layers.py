@@ -116,26 +116,34 @@ class TaskContext:
         self.active = False
         self.stacked = False
         self.task: TaskIds = ()
+        self.valid: Tensor | None = None
         self.routings: dict[str, Routing] = {}
 
     @contextmanager
-    def open(self, task: TaskIds) -> Iterator[dict[str, Routing]]:
+    def open(self, task: TaskIds, valid: Tensor | None = None) -> Iterator[dict[str, Routing]]:
         """Sets the tasks for one forward and collects what each layer routed.
 
         Args:
             task: one id for every sample; a sequence of ids, for which samples are repeated once each at the stacking
                 point; or int64 ids [b], one per sample.
+            valid: bool [b, n], False for padding tokens; None when every token counts.
 
         Raises:
             RuntimeError: a forward is under way.
         """
         if self.active:
             raise RuntimeError("this model is in the middle of another forward; threads must not share a model")
-        self.active, self.stacked, self.task, self.routings = True, False, task, {}
+        self.active, self.stacked, self.task, self.valid, self.routings = True, False, task, valid, {}
         try:
             yield self.routings
         finally:
-            self.active, self.stacked, self.task, self.routings = False, False, (), {}
+            self.active, self.stacked, self.task, self.valid, self.routings = False, False, (), None, {}
+
+    def valid_tokens(self, samples: int) -> Tensor | None:
+        """Which of the tokens of so many samples, stacked or not, are no padding: bool [m]; None when all are."""
+        if self.valid is None:
+            return None
+        return self.valid.repeat(samples // self.valid.shape[0], 1).flatten()
 
     def stack(self, x: Tensor) -> Tensor:
         """Repeats [b, ...] to [(t b), ...] once per forward, when several tasks were asked for."""
@@ -178,14 +186,15 @@ class ContextMoE(nn.Module):
         parting = isinstance(task, Sequence) and not context.stacked
         if parting and self.moe.gate.task_dependent:
             stacked = context.stack(x)
-            y, routing = self.moe(stacked.flatten(0, -2), task, group=x.shape[-2])
+            valid = context.valid_tokens(stacked.shape[0])
+            y, routing = self.moe(stacked.flatten(0, -2), task, valid, group=x.shape[-2])
             shape: tuple[int, ...] = (stacked.shape[0] // x.shape[0], *x.shape[:-1])
         else:
             if parting:
                 task = None  # one pass serves all tasks
             elif isinstance(task, Tensor):
                 task = task.repeat_interleave(x[0, ..., 0].numel())
-            y, routing = self.moe(x.flatten(0, -2), task, group=x.shape[-2])
+            y, routing = self.moe(x.flatten(0, -2), task, context.valid_tokens(x.shape[0]), group=x.shape[-2])
             shape = x.shape[:-1]
         context.routings[self.name] = routing
         return y.unflatten(0, shape)

@@ -64,7 +64,7 @@ def select_rows(x: Any, rows: Tensor) -> Any:
 
 def count_rows(x: Any) -> int:
     """How many samples an input has: a tensor [b, ...] or a dict of them."""
-    return len(tree_leaves(x)[0])
+    return tree_leaves(x)[0].shape[0]  # len() would fix the number of rows in an exported model
 
 
 def move(x: Any, device: torch.device | str) -> Any:
@@ -92,11 +92,12 @@ class MultiTaskModel(nn.Module):
     along the batch, so that one call of each expert bank serves all of them. A single task is the same code with one.
 
     Args:
-        backbone: takes images [b, c, h, w]; its task-gated layers are `ContextMoE` and share `context`.
+        backbone: takes images [b, c, h, w], or other inputs that `features` knows; its task-gated layers are
+            `ContextMoE` and share `context`.
         tasks: what it predicts, in the order of the gates' ids.
         heads: one module per task name, `Features` to prediction.
         context: the context of the backbone's MoE layers.
-        features: (backbone, images) to `Features`.
+        features: (backbone, inputs) to `Features`.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class MultiTaskModel(nn.Module):
         tasks: Sequence[Task],
         heads: Mapping[str, nn.Module],
         context: TaskContext,
-        features: Callable[[nn.Module, Tensor], Features],
+        features: Callable[[nn.Module, Any], Features],
     ):
         super().__init__()
         self.tasks = check_tasks(tasks)
@@ -121,20 +122,20 @@ class MultiTaskModel(nn.Module):
         """The task-gated layers, by the key of their `Routing`."""
         return {layer.name: layer.moe for layer in self.modules() if isinstance(layer, ContextMoE)}
 
-    def features(self, x: Tensor, task: TaskIds) -> tuple[Features, dict[str, Routing]]:
+    def features(self, x: Any, task: TaskIds) -> tuple[Features, dict[str, Routing]]:
         """Backbone features and routings.
 
         With a sequence of ids the features are stacked per task, [(t b), ...], when any layer depends on the task.
         """
-        self._check_images(x)
-        with self.context.open(task) as routings:
+        self.check_input(x)
+        with self.context.open(task, self.valid_tokens(x)) as routings:
             return self._features(self.backbone, x), routings
 
-    def forward(self, x: Tensor, tasks: Sequence[str] | Tensor | None = None, return_routing: bool = False):
+    def forward(self, x: Any, tasks: Sequence[str] | Tensor | None = None, return_routing: bool = False):
         """Predicts.
 
         Args:
-            x: images, float [b, c, h, w].
+            x: images, float [b, c, h, w]; or what the model says it takes.
             tasks: names of the tasks to run, all when None; or int64 ids [b], one task per sample.
             return_routing: also return {layer: Routing}.
 
@@ -151,16 +152,18 @@ class MultiTaskModel(nn.Module):
             ids = task_ids(self.tasks, tasks) if tasks is not None else tuple(range(len(self.tasks)))
             one, *others = ids
             features, routings = self.features(x, ids if others else one)
-            stacked = features.pooled.shape[0] != x.shape[0]
+            rows = count_rows(x)
+            stacked = features.pooled.shape[0] != rows
             predictions = {}
             for position, i in enumerate(ids):
                 name = self.tasks[i].name
-                own = features.select(slice(position * len(x), (position + 1) * len(x))) if stacked else features
+                own = features.select(slice(position * rows, (position + 1) * rows)) if stacked else features
                 predictions[name] = self.heads[name](own)
         return (predictions, routings) if return_routing else predictions
 
-    def _forward_per_sample(self, x: Tensor, ids: Tensor) -> tuple[Predictions, dict[str, Routing]]:
-        present, ids = present_ids(x, ids, len(self.tasks)), ids.to(x.device)
+    def _forward_per_sample(self, x: Any, ids: Tensor) -> tuple[Predictions, dict[str, Routing]]:
+        leaf = tree_leaves(x)[0]
+        present, ids = present_ids(leaf, ids, len(self.tasks)), ids.to(leaf.device)
         features, routings = self.features(x, ids)
         predictions = {}
         for i in present:
@@ -184,7 +187,16 @@ class MultiTaskModel(nn.Module):
                 args["gate_args"].update(layer.gate.task_options())
         return model
 
-    def _check_images(self, x: Tensor) -> None:
+    def valid_tokens(self, x: Any) -> Tensor | None:
+        """Which tokens of an input are no padding, bool [b, n]; None where all are, as for images."""
+        return None
+
+    def check_input(self, x: Any) -> None:
+        """Refuses what is no batch of images.
+
+        Raises:
+            ValueError: names the shape or dtype that came.
+        """
         if x.ndim != 4 or not x.is_floating_point():
             raise ValueError(
                 f"x: got {x.dtype} {list(x.shape)}, expected floating point images [b, c, h, w]; "

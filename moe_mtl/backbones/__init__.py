@@ -1,8 +1,77 @@
-"""Backbones: adapters that put task-gated experts into timm models. The only room that imports timm or transformers.
+"""Backbones: adapters that put task-gated experts into models of timm and transformers, which no other room imports.
 
 One file per library. An adapter finds blocks by structure, not by name lists, and refuses what it does not know.
 """
 
-from moe_mtl.backbones.timm_vit import moefy, upcycle
+import copy
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-__all__ = ["moefy", "upcycle"]
+from moe_mtl.backbones._upcycle import ExpertMaker
+from moe_mtl.backbones.hf_encoder import TextModel, moefy_encoder
+from moe_mtl.backbones.timm_vit import moefy_vit, upcycle
+from moe_mtl.multitask import MultiTaskModel
+from moe_mtl.tasks import Task, check_tasks
+
+__all__ = ["TextModel", "moefy", "upcycle"]
+
+
+def moefy(
+    backbone: Any,
+    tasks: Sequence[Task],
+    *,
+    gate: str = "noisy_topk",
+    experts: int = 16,
+    k: int | None = None,
+    every: int = 2,
+    blocks: Sequence[int] | None = None,
+    hidden: Literal["copy", "split"] = "copy",
+    gate_args: Mapping[str, Any] | None = None,
+    head_width: int = 16,
+) -> MultiTaskModel:
+    """Turns a dense model into a task-gated mixture-of-experts model that computes the same features at first.
+
+    Images become `{task: prediction}`; texts do as a tokenizer writes them, and their padding is never routed.
+    Sparse upcycling: each chosen MLP becomes a bank of experts made from its weights, and the routers start fresh.
+    With `hidden="copy"` every expert is the whole MLP and the selected weights are divided by their detached sum, so
+    the mixture equals the MLP while the routers still get a gradient. With `hidden="split"` the MLP's hidden units are
+    dealt out over the experts, which costs no more than the routers and an output bias per expert; the sum is exact
+    only when every expert is used with equal weight, so it needs k == experts and starts the routers at zero.
+
+    Paper: Komatsuzaki et al. 2023, Sparse Upcycling, https://arxiv.org/abs/2212.05055 (section 2.2, appendix B).
+    Differs: weights are normalised by their detached sum rather than by the sum, which would leave the router without
+        gradient at equal experts; tasks, routers per task and "split" are not in the paper.
+
+    Args:
+        backbone: a timm ViT or an encoder of transformers, such as a `BertModel`; it is copied, not changed. A
+            classifier is dropped.
+        tasks: what the new model predicts; each gets a fresh head.
+        gate: a name in `moe_mtl.gates.GATES`.
+        experts: experts per bank.
+        k: experts used per token; None for the gate's default, 4 for most, or all where it is dense.
+        every: experts go into every `every`-th block, counted from the input: 2 takes blocks 1, 3, 5, ...
+        blocks: the blocks that get experts, instead of `every`; negative numbers count from the end.
+        hidden: "copy" or "split".
+        gate_args: options of the gate.
+        head_width: feature maps of the dense heads, which texts have none of.
+
+    Returns:
+        The model. How many parameters the backbone had and has is printed to stderr.
+
+    Raises:
+        ValueError: a structure this adapter does not know, block numbers out of range, or "split" where it is inexact.
+    """
+    tasks, backbone = check_tasks(tasks), copy.deepcopy(backbone)
+    make = ExpertMaker(len(tasks), gate=gate, experts=experts, k=k, hidden=hidden, gate_args=gate_args)
+    of_transformers = hasattr(getattr(backbone, "config", None), "model_type")
+    if not of_transformers and hasattr(backbone, "reset_classifier"):
+        backbone.reset_classifier(0)
+    before = sum(p.numel() for p in backbone.parameters())
+    if of_transformers:
+        model = moefy_encoder(backbone, tasks, make, every=every, blocks=blocks)
+    else:
+        model = moefy_vit(backbone, tasks, make, every=every, blocks=blocks, head_width=head_width)
+    after = sum(p.numel() for p in model.backbone.parameters())
+    print(f"moefy: backbone parameters {before / 1e6:.3f} M -> {after / 1e6:.3f} M", file=sys.stderr)
+    return model

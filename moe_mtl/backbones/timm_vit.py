@@ -4,24 +4,18 @@ Works on any timm model whose `forward_features` gives tokens [b, n, d] and whos
 shapes (`Mlp`, `GluMlp`, `SwiGLU`): ViT, DeiT, EVA, BEiT, ViT-relpos and their kin.
 """
 
-import copy
-import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_mtl.experts import ExpertBank
-from moe_mtl.gates import GATES, Gate, create_gate, resolve_k
+from moe_mtl.backbones._upcycle import ExpertMaker, Weights, activation_of, agrees, chosen_blocks, detached
 from moe_mtl.heads import Features, make_head
-from moe_mtl.kernels.ops import moe_mlp, plan_routing
 from moe_mtl.layers import ContextMoE, ExpandTasks, ExpertBlock, MoE, StackTasks, TaskContext
 from moe_mtl.multitask import MultiTaskModel
-from moe_mtl.tasks import Task, check_tasks
+from moe_mtl.tasks import Task
 
-Weights = dict[str, Tensor | None]
 Timm = Any  # a module of timm, read by structure: its attributes are not declared
 
 
@@ -32,120 +26,34 @@ def build_vit(**options: Any) -> Timm:
     return VisionTransformer(num_classes=0, dynamic_img_size=True, **options)
 
 
-def moefy(
+def moefy_vit(
     backbone: Timm,
     tasks: Sequence[Task],
+    make: ExpertMaker,
     *,
-    gate: str = "noisy_topk",
-    experts: int = 16,
-    k: int | None = None,
     every: int = 2,
     blocks: Sequence[int] | None = None,
-    hidden: Literal["copy", "split"] = "copy",
-    gate_args: Mapping[str, Any] | None = None,
     head_width: int = 16,
 ) -> MultiTaskModel:
-    """Turns a dense timm ViT into a task-gated mixture-of-experts model that computes the same features at first.
-
-    Sparse upcycling: each chosen MLP becomes a bank of experts made from its weights, and the routers start fresh.
-    With `hidden="copy"` every expert is the whole MLP and the selected weights are divided by their detached sum, so
-    the mixture equals the MLP while the routers still get a gradient. With `hidden="split"` the MLP's hidden units are
-    dealt out over the experts, which costs no more than the routers and an output bias per expert; the sum is exact
-    only when every expert is used with equal weight, so it needs k == experts and starts the routers at zero.
-
-    Paper: Komatsuzaki et al. 2023, Sparse Upcycling, https://arxiv.org/abs/2212.05055 (section 2.2, appendix B).
-    Differs: weights are normalised by their detached sum rather than by the sum, which would leave the router without
-        gradient at equal experts; tasks, routers per task and "split" are not in the paper.
-
-    Args:
-        backbone: a timm model; it is copied, not changed. Its classifier is dropped.
-        tasks: what the new model predicts; each gets a fresh head.
-        gate: a name in `moe_mtl.gates.GATES`.
-        experts: experts per bank.
-        k: experts used per token; None for 4, or for all where the gate is dense.
-        every: experts go into every `every`-th block, counted from the input: 2 takes blocks 1, 3, 5, ...
-        blocks: the blocks that get experts, instead of `every`; negative numbers count from the end.
-        hidden: "copy" or "split".
-        gate_args: options of the gate.
-        head_width: feature maps of the dense heads.
-
-    Returns:
-        The model. How many parameters the backbone had and has is printed to stderr.
+    """`moe_mtl.backbones.moefy` of a timm ViT, which becomes part of the result.
 
     Raises:
-        ValueError: a structure this adapter does not know, block numbers out of range, or "split" where it is inexact.
+        ValueError: a structure this adapter does not know, or block numbers out of range.
     """
-    tasks, backbone = check_tasks(tasks), copy.deepcopy(backbone)
-    if hidden not in ("copy", "split"):
-        raise ValueError(f"hidden: got {hidden!r}, expected 'copy' or 'split'")
-    k = resolve_k(gate, experts, k)
-    if hidden == "split" and k != experts:
-        raise ValueError(
-            f"hidden: 'split' computes what the dense model did only when every expert is used; got k={k} of "
-            f"{experts} experts. Use k={experts}, or hidden='copy'"
-        )
-    # a softmax over all experts: the weights of the chosen add up to less
-    chosen = "normalize" in inspect.signature(GATES[gate]).parameters
-    router_args: dict[str, Any] = {"normalize": "detached"} if chosen else {}
-    if hidden == "split" and chosen:
-        router_args["noise_std"] = 0.0  # noise would make the weights unequal in training
-    router_args |= gate_args or {}
-    backbone.reset_classifier(0)
-    before = sum(p.numel() for p in backbone.parameters())
 
     def upcycle(mlp: Timm) -> MoE:
-        weights, options = dense_mlp(mlp)
-        if hidden == "split" and options["hidden"] % experts:
-            raise ValueError(f"experts: {options['hidden']} hidden units do not split into {experts} equal experts")
-        router = create_gate(gate, options["dim"], experts, len(tasks), k, **router_args)
-        if hidden == "split":
-            router.zero_scores()
-        _check_exact(gate, router, hidden)
-        if hidden == "split":
-            weights, options = _split(weights, options, experts)
-        else:
-            weights = {name: w if w is None else w.expand(experts, *w.shape) for name, w in weights.items()}
-        w1 = weights["w1"]
-        assert w1 is not None
-        bank = ExpertBank(experts, **options).to(w1)
-        with torch.no_grad():
-            for name, w in weights.items():
-                if w is not None:
-                    getattr(bank, name).copy_(w)
-        return MoE(router.to(w1.device), bank)
+        return make(*dense_mlp(mlp))
 
-    model = with_experts(backbone, tasks, upcycle, every=every, blocks=blocks, head_width=head_width)
-    after = sum(p.numel() for p in model.backbone.parameters())
-    print(f"moefy: backbone parameters {before / 1e6:.3f} M -> {after / 1e6:.3f} M", file=sys.stderr)
-    return model
-
-
-def _check_exact(name: str, router: Gate, hidden: str) -> None:
-    """Refuses a gate with which equal experts do not act as the MLP they come from.
-
-    Raises:
-        ValueError: its weights do not sum to 1, or tasks cannot see all experts that a "split" needs.
-    """
-    if not router.shares_out:
-        raise ValueError(
-            f"gate: the weights of {name!r} with {router.num_experts} experts do not sum to 1; take another gate"
-        )
-    for task in range(router.num_tasks if hidden == "split" else 0):
-        seen = router.reachable(task)
-        if seen is not None and len(seen) < router.num_experts:
-            raise ValueError(
-                f"hidden: 'split' needs every expert, but with gate {name!r} task {task} sees {len(seen)} of "
-                f"{router.num_experts}; use hidden='copy'"
-            )
+    return with_experts(backbone, tasks, upcycle, every=every, blocks=blocks, head_width=head_width)
 
 
 @torch.no_grad()
 def upcycle(model: nn.Module, dense: Mapping[str, Tensor]) -> None:
     """Gives a model, in place, the weights of a dense one of its shape: every expert becomes the MLP it stands for.
 
-    Sparse upcycling in the middle of a training (see `moefy`, which makes the model as well). Routers stay as they are.
-    While experts are equal, the model computes what the dense one did if a token's weights add up to 1: `k` experts of
-    the MLP's hidden width and `normalize="detached"`, or a dense mixture.
+    Sparse upcycling in the middle of a training; `moe_mtl.backbones.moefy` makes the model as well. Routers stay as
+    they are. While experts are equal, the model computes what the dense one did if a token's weights add up to 1: `k`
+    experts of the MLP's hidden width and `normalize="detached"`, or a dense mixture.
 
     Args:
         model: on a timm backbone, its experts without GLU.
@@ -186,8 +94,8 @@ def with_experts(
         backbone: a timm model; it becomes part of the result.
         tasks: what the model predicts; each gets a fresh head.
         make_moe: a block's MLP to the layer that takes its place; None leaves the backbone dense (shared bottom).
-        every: as in `moefy`.
-        blocks: as in `moefy`.
+        every: as in `moe_mtl.backbones.moefy`.
+        blocks: as in `moe_mtl.backbones.moefy`.
         head_width: feature maps of the dense heads.
 
     Raises:
@@ -277,7 +185,7 @@ def dense_mlp(mlp: Timm) -> tuple[Weights, dict[str, Any]]:
     w1, b1 = torch.cat(first), None if bias[0] is None else torch.cat(bias)
     if glu and not gate_first:
         w1, b1 = w1.roll(len(w1) // 2, 0), b1 if b1 is None else b1.roll(len(b1) // 2, 0)
-    activation = _activation(mlp.act)
+    activation = activation_of(mlp.act)
     if activation is None:
         raise refuse(f"activation {mlp.act} is not one of gelu (erf), silu, relu")
     biased = b1 is not None or mlp.fc2.bias is not None
@@ -294,59 +202,10 @@ def dense_mlp(mlp: Timm) -> tuple[Weights, dict[str, Any]]:
         "glu": glu,
         "bias": biased,
     }
-    weights = {"w1": w1.detach(), "b1": _detached(b1), "w2": mlp.fc2.weight.detach(), "b2": _detached(b2)}
-    if not _agrees(mlp, weights, options):
+    weights = {"w1": w1.detach(), "b1": detached(b1), "w2": mlp.fc2.weight.detach(), "b2": detached(b2)}
+    if not agrees(mlp, weights, options):
         raise refuse("it computes something else than its layers fc1, act and fc2 do")
     return weights, options
-
-
-@torch.no_grad()
-def _agrees(mlp: Timm, weights: Weights, options: dict[str, Any]) -> bool:
-    """Whether an expert with these weights computes what the MLP does, on a few random tokens."""
-    w1, generator = weights["w1"], torch.Generator().manual_seed(0)
-    assert w1 is not None
-    x = torch.randn(1, 9, options["dim"], generator=generator).to(w1)
-    single = [None if w is None else w.unsqueeze(0) for w in weights.values()]
-    gates, plan = x.new_ones(9, 1), plan_routing(torch.zeros(9, 1, dtype=torch.int64, device=x.device), 1)
-    ours = moe_mlp(x[0], *single, gates, plan, activation=options["activation"], glu=options["glu"])  # type: ignore[arg-type]
-    theirs = mlp(x)[0]
-    rounding = 5e-2 if x.element_size() == 2 else 1e-3
-    return theirs.shape == ours.shape and bool((ours - theirs).norm() <= rounding * theirs.norm() + 1e-12)
-
-
-def _detached(w: Tensor | None) -> Tensor | None:
-    return None if w is None else w.detach()
-
-
-def _activation(act: nn.Module) -> str | None:
-    probe = torch.linspace(-4, 4, 33)  # told by what it computes: timm has several classes for one function
-    with torch.no_grad():
-        y = act(probe.clone())
-    for name in ("gelu", "silu", "relu"):
-        if torch.equal(y, getattr(nn.functional, name)(probe)):
-            return name
-    return None
-
-
-def _split(weights: Weights, options: dict[str, Any], experts: int) -> tuple[Weights, dict[str, Any]]:
-    """Deals hidden units out over experts; the second layer is scaled so that equal weights 1/E add up to the MLP."""
-    glu, h = options["glu"], options["hidden"] // experts
-
-    def deal(w: Tensor | None) -> Tensor | None:  # [(1|2) e h, ...] -> [e, (1|2) h, ...]
-        if w is None:
-            return None
-        parts = w.unflatten(0, (2 if glu else 1, experts, h)).transpose(0, 1)
-        return parts.flatten(1, 2)
-
-    w2, b2 = weights["w2"], weights["b2"]
-    assert w2 is not None
-    split: Weights = {
-        "w1": deal(weights["w1"]),
-        "b1": deal(weights["b1"]),
-        "w2": w2.unflatten(1, (experts, h)).transpose(0, 1) * experts,
-        "b2": None if b2 is None else b2.expand(experts, -1),
-    }
-    return split, {**options, "hidden": h}
 
 
 def _find_blocks(backbone: Timm) -> list[tuple[str, Timm]]:
@@ -368,22 +227,6 @@ def _adds_per_token(block: Timm) -> bool:
 
     # stochastic depth drops samples, which it takes the first axis for
     return isinstance(block, ExpertBlock) or (type(block) is Block and isinstance(block.drop_path2, nn.Identity))
-
-
-def chosen_blocks(count: int, every: int, blocks: Sequence[int] | None) -> list[int]:
-    """The numbers, ascending, of the blocks that get experts; arguments as in `moefy`.
-
-    Raises:
-        ValueError: `every` or `blocks` is out of range for a backbone of `count` blocks, or `blocks` is empty.
-    """
-    if blocks is None:
-        if not 1 <= every <= count:
-            raise ValueError(f"every: got {every}, expected 1 to {count} for a backbone of {count} blocks")
-        return list(range(every - 1, count, every))
-    chosen = sorted({i + count if i < 0 else i for i in blocks})
-    if not chosen or chosen[0] < 0 or chosen[-1] >= count:
-        raise ValueError(f"blocks: got {list(blocks)}, expected block numbers from {-count} to {count - 1}")
-    return chosen
 
 
 def _patch_size(backbone: Timm) -> tuple[int, int]:

@@ -1,0 +1,263 @@
+"""transformers encoders with task-gated experts in place of chosen feed-forward layers.
+
+Works on encoders whose layers hold a feed-forward network of one of these structures: `intermediate.dense` and
+`output.dense` (BERT, RoBERTa, ELECTRA, DeBERTa-v2), `ffn.lin1` and `ffn.lin2` (DistilBERT), `mlp.Wi` and `mlp.Wo`
+(ModernBERT), `DenseReluDense.wi` and `.wo` (T5). What is replaced is found by structure, not by name of the model.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_mtl.backbones._upcycle import ExpertMaker, Weights, activation_of, agrees, chosen_blocks, detached
+from moe_mtl.heads import Features, PooledHead
+from moe_mtl.layers import ContextMoE, TaskContext
+from moe_mtl.multitask import MultiTaskModel
+from moe_mtl.tasks import Task
+
+Encoder = Any  # a model of transformers, read by structure: its attributes are not declared
+TOKENS = "input_ids"
+SENTENCE_KINDS = ("classification", "binary", "multilabel", "regression")
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A feed-forward network inside a layer.
+
+    Attributes:
+        first: its first linear maps, the gate of a GLU before the values.
+        act: its activation.
+        second: its last linear map.
+        run: tokens to what it adds, without dropout.
+        put: puts a module in its place.
+    """
+
+    first: tuple[nn.Linear, ...]
+    act: Callable[[Tensor], Tensor]
+    second: nn.Linear
+    run: Callable[[Tensor], Tensor]
+    put: Callable[[nn.Module], None]
+
+
+def moefy_encoder(
+    backbone: Encoder,
+    tasks: Sequence[Task],
+    make: ExpertMaker,
+    *,
+    every: int = 2,
+    blocks: Sequence[int] | None = None,
+) -> "TextModel":
+    """`moe_mtl.backbones.moefy` of an encoder of transformers, which becomes part of the result.
+
+    Every task gets a fresh head on the mean of the tokens. Padding, which the attention mask marks, is never routed and
+    never counted. From the first task-dependent layer on, hidden states and masks are repeated per task.
+
+    Raises:
+        ValueError: a structure this adapter does not know, a kind of task that is not one of a whole text, or layer
+            numbers out of range.
+    """
+    for task in tasks:
+        if task.kind not in SENTENCE_KINDS:
+            raise ValueError(f"tasks: {task.name!r} is of kind {task.kind}; for texts: {', '.join(SENTENCE_KINDS)}")
+    context, layers = TaskContext(), find_layers(backbone)
+    stacked = False
+    for i in chosen_blocks(len(layers), every, blocks):
+        found = find_feed_forward(layers[i])
+        assert found is not None  # find_layers has seen it
+        moe = make(*dense_weights(found))
+        found.put(ContextMoE(moe, context, f"layer.{i}"))
+        if moe.gate.task_dependent and not stacked:
+            stacked = True
+            for layer in layers[i:]:
+                layer.register_forward_pre_hook(RepeatInputs(context), with_kwargs=True)
+    like = next(backbone.parameters())
+    heads = {task.name: PooledHead(task, backbone.config.hidden_size).to(like) for task in tasks}
+    return TextModel(backbone, tasks, heads, context, text_features)
+
+
+class TextModel(MultiTaskModel):
+    """A multi-task model of tokenized texts: {"input_ids": int64 [b, n], "attention_mask": [b, n], ...}."""
+
+    input = "text"
+
+    def valid_tokens(self, x: Mapping[str, Tensor]) -> Tensor | None:
+        """Where the attention mask is not 0, bool [b, n]; None without a mask."""
+        mask = x.get("attention_mask")
+        return None if mask is None else mask != 0
+
+    def check_input(self, x: Any) -> None:
+        """Refuses what is no batch of tokenized texts.
+
+        Raises:
+            ValueError: no dict with ids, of another shape or dtype, a mask that does not fit them, an empty text, ids
+                that the vocabulary does not have, or texts longer than the encoder's positions.
+        """
+        ids = x.get(TOKENS) if isinstance(x, Mapping) else None
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+            raise ValueError(
+                f"x: got {type(x).__name__}, expected a tokenizer's output, a dict with {TOKENS!r} [b, n] and "
+                "'attention_mask' [b, n]: tokenizer(texts, padding=True, return_tensors='pt')"
+            )
+        mask = x.get("attention_mask")
+        if mask is not None and mask.shape != ids.shape:
+            raise ValueError(f"attention_mask: got {list(mask.shape)}, expected that of {TOKENS}, {list(ids.shape)}")
+        config: Any = self.backbone.config
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and ids.shape[1] > longest:
+            raise ValueError(
+                f"{TOKENS}: got texts of {ids.shape[1]} tokens, the encoder has {longest} positions; "
+                f"tokenizer(..., truncation=True, max_length={longest})"
+            )
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
+                raise ValueError(
+                    f"{TOKENS}: got ids {int(ids.min())} to {int(ids.max())}, the encoder's vocabulary has "
+                    f"{config.vocab_size}; use the tokenizer that belongs to it"
+                )
+            if mask is not None and not bool((mask != 0).any(dim=1).all()):
+                raise ValueError("attention_mask: a text has no token at all; leave empty texts out")
+
+
+class RepeatInputs:
+    """Forward pre-hook of the layers from the first task-dependent one on: hidden states and masks per task.
+
+    The first of them repeats the hidden states, once per forward; every layer repeats what still has a row per sample,
+    such as the attention mask. An object rather than a closure, so that a copy of the model hooks its own context.
+    """
+
+    def __init__(self, context: TaskContext):
+        self.context = context
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The layer's arguments, stacked."""
+        samples = args[0].shape[0]
+        hidden = self.context.stack(args[0])
+        if self.context.stacked:
+            samples = hidden.shape[0] // len(self.context.task)  # type: ignore[arg-type]
+
+        def fit(value: Any) -> Any:
+            # of one sample, the row serves all tasks as it is
+            own = isinstance(value, Tensor) and value.ndim > 1 and 1 < value.shape[0] == samples != hidden.shape[0]
+            return value.repeat(hidden.shape[0] // samples, *(1 for _ in value.shape[1:])) if own else value
+
+        kept = {"rel_embeddings"}  # DeBERTa's table of positions, no row of which is a sample's
+        return (hidden, *map(fit, args[1:])), {n: v if n in kept else fit(v) for n, v in kwargs.items()}
+
+
+def text_features(backbone: Encoder, x: Mapping[str, Tensor]) -> Features:
+    """Runs an encoder: its last hidden states, and their mean over the tokens that are no padding."""
+    tokens = backbone(**x).last_hidden_state
+    mask = x.get("attention_mask")
+    if mask is None:
+        pooled = tokens.mean(dim=1)
+    else:
+        weight = mask.repeat(tokens.shape[0] // mask.shape[0], 1).unsqueeze(-1).to(tokens.dtype)
+        pooled = (tokens * weight).sum(dim=1) / weight.sum(dim=1)
+    return Features(tokens, pooled, (1, tokens.shape[1]), (1, tokens.shape[1]))
+
+
+# ---- structure ------------------------------------------------------------------------------------------------------
+
+
+def find_layers(backbone: Encoder) -> list[nn.Module]:
+    """The layers of an encoder: the first list of modules that all hold a feed-forward network.
+
+    Raises:
+        ValueError: there is none, or it is a decoder.
+    """
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) and all(find_feed_forward(layer) for layer in module):
+            if getattr(backbone.config, "is_decoder", False) or hasattr(backbone, "decoder"):
+                break
+            if getattr(getattr(backbone, "encoder", None), "conv", None) is not None:
+                raise ValueError("backbone: a convolution between its layers mixes tokens; build it without")
+            return list(module)
+    raise ValueError(
+        f"backbone: {type(backbone).__name__} is not an encoder this adapter knows: expected layers with intermediate "
+        "and output (BERT and its kin), ffn (DistilBERT), mlp.Wi and mlp.Wo (ModernBERT) or DenseReluDense (T5 encoder)"
+    )
+
+
+def find_feed_forward(layer: Any) -> FeedForward | None:
+    """The feed-forward network of a layer, or None."""
+    inner: Any = getattr(layer, "intermediate", None)
+    outer: Any = getattr(layer, "output", None)
+    if isinstance(getattr(inner, "dense", None), nn.Linear) and isinstance(getattr(outer, "dense", None), nn.Linear):
+
+        def put_between(module: nn.Module) -> None:
+            layer.intermediate = nn.Identity()
+            layer.output.dense = module
+
+        act = inner.intermediate_act_fn
+        return FeedForward((inner.dense,), act, outer.dense, lambda x: outer.dense(inner(x)), put_between)
+    ffn: Any = getattr(layer, "ffn", None)
+    if isinstance(getattr(ffn, "lin1", None), nn.Linear) and isinstance(getattr(ffn, "lin2", None), nn.Linear):
+
+        def put_before_dropout(module: nn.Module) -> None:
+            layer.ffn = nn.Sequential(module, ffn.dropout)
+
+        return FeedForward(
+            (ffn.lin1,), ffn.activation, ffn.lin2, lambda x: ffn.lin2(ffn.activation(ffn.lin1(x))), put_before_dropout
+        )
+    mlp: Any = getattr(layer, "mlp", None)
+    if isinstance(getattr(mlp, "Wi", None), nn.Linear) and isinstance(getattr(mlp, "Wo", None), nn.Linear):
+
+        def gated(x: Tensor) -> Tensor:
+            value, gate = mlp.Wi(x).chunk(2, dim=-1)
+            return mlp.Wo(mlp.act(value) * gate)
+
+        return FeedForward((mlp.Wi,), mlp.act, mlp.Wo, gated, lambda module: setattr(layer, "mlp", module))
+    sub = layer.layer[-1] if isinstance(getattr(layer, "layer", None), nn.ModuleList) and len(layer.layer) else None
+    dense: Any = getattr(sub, "DenseReluDense", None)
+    if isinstance(getattr(dense, "wo", None), nn.Linear):
+        glu = hasattr(dense, "wi_0")
+        first: tuple[nn.Linear, ...] = (dense.wi_0, dense.wi_1) if glu else (dense.wi,)
+
+        def t5(x: Tensor) -> Tensor:
+            gate, *values = (layer(x) for layer in first)
+            y = dense.act(gate)
+            return dense.wo(y * values[0] if values else y)
+
+        return FeedForward(first, dense.act, dense.wo, t5, lambda module: setattr(sub, "DenseReluDense", module))
+    return None
+
+
+def dense_weights(found: FeedForward) -> tuple[Weights, dict[str, Any]]:
+    """Weights and shape of a feed-forward network, in an expert's layout; see `moe_mtl.backbones.timm_vit.dense_mlp`.
+
+    Dropout between its two maps, which T5 has, is left out.
+
+    Raises:
+        ValueError: an activation that experts do not have, or a network that computes something else.
+    """
+    w1 = torch.cat([layer.weight for layer in found.first])
+    glu = w1.shape[0] == 2 * found.second.in_features
+    activation = activation_of(found.act)
+    if activation is None:
+        raise ValueError(f"backbone: activation {found.act} is not one of gelu (erf), silu, relu")
+    biases = [layer.bias for layer in (*found.first, found.second)]
+    biased = any(bias is not None for bias in biases)
+    b1 = b2 = None
+    if biased:
+        filled = [
+            layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+            for layer in (*found.first, found.second)
+        ]
+        b1, b2 = torch.cat(filled[:-1]), filled[-1]
+    options = {
+        "dim": w1.shape[1],
+        "hidden": found.second.in_features,
+        "out_dim": found.second.out_features,
+        "activation": activation,
+        "glu": glu,
+        "bias": biased,
+    }
+    weights = {"w1": w1.detach(), "b1": detached(b1), "w2": found.second.weight.detach(), "b2": detached(b2)}
+    if not agrees(found.run, weights, options):
+        raise ValueError(
+            "backbone: its feed-forward network computes something else than its linear maps and activation"
+        )
+    return weights, options
