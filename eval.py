@@ -121,7 +121,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     show(results)
     print(f"numbers: {out}")
     if given.report:
-        from moe_mtl.report import draw, write_report
+        from moe_mtl.pictures import draw
+        from moe_mtl.report import write_report
 
         pictures = draw(model, tasks, shown, usage, activity, read_log(folder))
         print(f"report: {write_report(given.report, results, pictures)}")

@@ -6,44 +6,15 @@ Self-contained: pictures are inlined, nothing is loaded from the network, no scr
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import torch
-from matplotlib.figure import Figure
-
-from moe_mtl.activity import Activity
-from moe_mtl.charts import activity_figures, gate_figures, routing_curves, score_chart
 from moe_mtl.cost import AGREES
-from moe_mtl.diagnostics import LayerUsage
 from moe_mtl.hub import replace_file
 from moe_mtl.page import document, picture, table, td, th
+from moe_mtl.pictures import Pictures
 from moe_mtl.results import format_metric, width_of
-from moe_mtl.tasks import Task
-from moe_mtl.viz import expert_map, prediction_grid, top_expert, usage_figures
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Figures for the page, each set may be empty.
-
-    Attributes:
-        predictions: task name to its input, prediction and truth.
-        usage: layer name to its task-by-expert heat map.
-        maps: caption to a picture of the experts each patch uses.
-        gates: layer name to the weights its gates give.
-        activity: name of a stack of experts to what its units do.
-        curves: caption to a chart of the training.
-    """
-
-    predictions: Mapping[str, Figure] = field(default_factory=dict)
-    usage: Mapping[str, Figure] = field(default_factory=dict)
-    maps: Mapping[str, Figure] = field(default_factory=dict)
-    gates: Mapping[str, Figure] = field(default_factory=dict)
-    activity: Mapping[str, Figure] = field(default_factory=dict)
-    curves: Mapping[str, Figure] = field(default_factory=dict)
 
 
 def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], pictures: Pictures) -> Path:
@@ -66,58 +37,6 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], pictu
     page = document(f"{results['label']} on {results['data']['name']}", _headline(results), sections)
     replace_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return path
-
-
-def draw(
-    model: Any,
-    tasks: Sequence[Task],
-    samples: tuple,
-    usage: Mapping[str, LayerUsage],
-    activity: Mapping[str, Activity] | None = None,
-    records: Sequence[Mapping[str, Any]] = (),
-) -> Pictures:
-    """The pictures of a model: predictions, expert usage, and the first expert of every patch in the last layer.
-
-    Args:
-        model: has `tasks` and returns its routings.
-        tasks: which of them to show.
-        samples: images [b c h w], or None for rows of a table, {task: prediction}, {task: target or None}, on the CPU.
-        usage: of these tasks, from `ExpertUsage.compute`.
-        activity: of the stacks of experts, from `expert_activity`.
-        records: lines of the metrics.jsonl of the training.
-    """
-    images, predictions, targets = samples
-    names = [task.name for task in tasks]
-    if images is None:
-        known = [task for task in tasks if targets.get(task.name) is not None]
-        found = {t.name: score_chart(t, predictions[t.name], targets[t.name]) for t in known}
-        shown = {name: figure for name, figure in found.items() if figure is not None}
-    else:
-        shown = {t.name: prediction_grid(t, images, predictions[t.name], targets.get(t.name)) for t in tasks}
-    curves = routing_curves(records)
-    return Pictures(
-        predictions=shown,
-        usage=usage_figures(usage, names),
-        maps={} if images is None else _maps(model, names, images),
-        gates=gate_figures(usage, names),
-        activity=activity_figures(activity or {}),
-        curves={} if curves is None else {"gates over training": curves},
-    )
-
-
-def _maps(model: Any, names: Sequence[str], images: torch.Tensor) -> dict[str, Figure]:
-    """The first expert of every patch in the last layer, where the tasks have parted the most."""
-    ids, size = {task.name: i for i, task in enumerate(model.tasks)}, (images.shape[-2], images.shape[-1])
-    with torch.no_grad():
-        _, routings = model(images.to(next(model.parameters()).device), tasks=names, return_routing=True)
-    maps = {}
-    for layer, routing in list(routings.items())[-1:]:
-        shown = {"all tasks": 0} if routing.task is None else {name: ids[name] for name in names}
-        for start in range(0, len(shown), 3):
-            group = list(shown)[start : start + 3]
-            top = {name: top_expert(routing, shown[name], len(images), size).cpu() for name in group}
-            maps[f"{layer}: {', '.join(group)}"] = expert_map(images, top, routing.num_experts)
-    return maps
 
 
 # ---- sections -------------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from moe_mtl import hub, recipes
 from moe_mtl.data import ProcRoom, collate
 from moe_mtl.diagnostics import expert_usage, mutual_information
 from moe_mtl.hub import load, save
+from moe_mtl.pictures import Pictures
 from moe_mtl.registry import create_model
-from moe_mtl.report import Pictures, write_report
+from moe_mtl.report import write_report
 from moe_mtl.results import compare, format_metric
 from moe_mtl.scoring import TaskMetrics
 from moe_mtl.tasks import Task

@@ -55,7 +55,8 @@ ALLOWED = {
     "results": {"cost", "diagnostics", "hub", "scoring", "tasks"},
     "card": {"cost", "gates", "results", "trainer_config"},
     "page": set(),
-    "report": {"activity", "charts", "viz", "cost", "diagnostics", "hub", "page", "results", "tasks"},
+    "pictures": {"activity", "charts", "diagnostics", "tasks", "viz"},
+    "report": {"cost", "hub", "page", "pictures", "results"},
     "trainer_config": set(),
     "run_log": {"checkpoint", "hub"},
     "checkpoint": {"hub", "tasks"},
@@ -72,7 +73,7 @@ THIRD_PARTY = {
     "transformers": {"backbones"},
     "datasets": {"data"},
     "accelerate": {"trainer"},
-    "matplotlib": {"charts", "page", "report", "viz"},
+    "matplotlib": {"charts", "page", "pictures", "viz"},
     "torchmetrics": {"metrics", "scoring"},
 }
 
