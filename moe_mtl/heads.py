@@ -52,6 +52,25 @@ class PooledHead(nn.Module):
         return y.squeeze(-1) if self.scalar else y
 
 
+class TokenHead(nn.Module):
+    """Every token to the logits of its tags: norm, hidden layer, output.
+
+    Args:
+        task: a tagging task.
+        dim: width d of the tokens.
+    """
+
+    def __init__(self, task: Task, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.hidden = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, task.channels)
+
+    def forward(self, features: Features) -> Tensor:
+        """Prediction [b, c, n]."""
+        return self.out(F.gelu(self.hidden(self.norm(features.patches)))).transpose(1, 2)
+
+
 class DenseHead(nn.Module):
     """Patch tokens to one prediction per pixel by two sub-pixel upsamplings with a convolution after each.
 
@@ -109,4 +128,6 @@ def unit(y: Tensor) -> Tensor:
 
 def make_head(task: Task, dim: int, patch_size: int, width: int = 16) -> nn.Module:
     """The head of a task on features of width `dim`."""
-    return DenseHead(task, dim, patch_size, width) if task.is_dense else PooledHead(task, dim)
+    if task.is_dense:
+        return DenseHead(task, dim, patch_size, width)
+    return TokenHead(task, dim) if task.kind == "tagging" else PooledHead(task, dim)

@@ -14,10 +14,12 @@ from moe_mtl.data.entire_space import EntireSpaceLog
 from moe_mtl.data.movielens import MovieLens
 from moe_mtl.data.multi_mnist import MultiMNIST
 from moe_mtl.data.multitab_bench import MultiTabBench
+from moe_mtl.data.nlu_mix import NLUMix
 from moe_mtl.data.nyuv2 import NYUv2
 from moe_mtl.data.parkinsons import Parkinsons
 from moe_mtl.data.procroom import ProcRoom
 from moe_mtl.data.table import Table
+from moe_mtl.data.text_files import TextFiles
 from moe_mtl.data.tox21 import Tox21
 from moe_mtl.tasks import nearest
 from moe_mtl.trainer_config import TrainerConfig
@@ -388,3 +390,58 @@ def dselect_k_mnist() -> Recipe:
 def multitab_bench() -> Recipe:
     """MultiTab on its generated regressions of rising degree."""
     return _on(_table("multitab", MultiTabBench()), "runs/multitab_bench", "multitab_table")
+
+
+# ---- texts ----------------------------------------------------------------------------------------------------------
+
+
+NLU = NLUMix(tasks=["snips_intent", "snips_slots", "banking77", "nlupp_intents", "nlupp_slots", "upos"])
+
+
+def _texts(name: str, model: str, data: Any, **args: Any) -> Recipe:
+    """A model on texts, fine-tuned from a pretrained encoder of MiniLM's size."""
+    routed = model == "text_moe"
+    return Recipe(
+        model=ModelConfig(name=model, args=args),
+        data=data,
+        trainer=TrainerConfig(
+            out=f"runs/{name}",
+            steps=6000,
+            batch_size=32,
+            batches="homogeneous",
+            temperature=2.0,
+            lr=1e-3,
+            lr_scales={"*backbone.*": 0.15} | ({"*.gate.*": 1.0} if routed else {}),
+            warmup=200,
+            weight_decay=0.01,
+            regularizers={"switch_balance": 0.01} if routed else {},
+            regularizer_args={"switch_balance": {"per_task": True}} if routed else {},
+            eval_every=2000,
+            save_every=500,
+            log_every=50,
+        ),
+    )
+
+
+@register
+def text_moe_nlu() -> Recipe:
+    """Task-gated encoder on SNIPS, BANKING77, NLU++ and parts of speech; needs --data.root and --data.tokenizer."""
+    return _texts("text_moe_nlu", "text_moe", NLU)
+
+
+@register
+def text_shared_bottom_nlu() -> Recipe:
+    """Dense control of text_moe_nlu: one encoder for all tasks."""
+    return _texts("text_shared_bottom_nlu", "text_shared_bottom", NLU)
+
+
+@register
+def text_single_task_nlu() -> Recipe:
+    """Single-task control of text_moe_nlu: an encoder per task; each run with --data.tasks=[NAME] trains one."""
+    return _texts("text_single_task_nlu", "text_single_task", NLU)
+
+
+@register
+def text_moe_files() -> Recipe:
+    """Task-gated encoder on texts of your own; needs --data.root, --data.text, --data.labels, --data.tokenizer."""
+    return _texts("text_moe_files", "text_moe", TextFiles())

@@ -1,12 +1,13 @@
 """Task: a name, the kind of label, and the head, loss and metrics that go with it.
 
-How labels are written, per kind (b batch, c channels, h w pixels), and how a missing one is:
+How labels are written, per kind (b batch, c channels, n tokens, h w pixels), and how a missing one is:
 
     kind            target                      missing                     prediction
     classification  int64 [b]                   ignore_index                logits [b c]
     binary          float [b] of 0 and 1        NaN                         logits [b]
     multilabel      float [b c] of 0 and 1      NaN                         logits [b c]
     regression      float [b] (or [b c])        NaN                         [b] (or [b c])
+    tagging         int64 [b n]                 ignore_index                logits [b c n]
     segmentation    int64 [b h w]               ignore_index                logits [b c h w]
     depth           float [b h w]               NaN                         [b h w]
     normals         float [b 3 h w], unit       norm 0 or NaN               [b 3 h w], unit
@@ -26,9 +27,19 @@ from torch import Tensor, nn
 
 from moe_mtl.losses import LOSSES
 
-Kind = Literal["classification", "binary", "multilabel", "regression", "segmentation", "depth", "normals", "binary_map"]
+Kind = Literal[
+    "classification",
+    "binary",
+    "multilabel",
+    "regression",
+    "tagging",
+    "segmentation",
+    "depth",
+    "normals",
+    "binary_map",
+]
 DENSE_KINDS = frozenset({"segmentation", "depth", "normals", "binary_map"})
-CLASS_KINDS = frozenset({"classification", "segmentation"})  # integer targets, one class each
+CLASS_KINDS = frozenset({"classification", "tagging", "segmentation"})  # integer targets, one class each
 RESERVED = frozenset({"image", "table", "text"})  # names of inputs in a sample
 KINDS = DENSE_KINDS | CLASS_KINDS | {"binary", "multilabel", "regression"}
 
@@ -116,6 +127,12 @@ class Task:
     def regression(cls, name: str, num_values: int = 1, **overrides: Any) -> "Task":
         """`num_values` real numbers per sample."""
         return cls._of("regression", name, num_values, "mse", {"rmse": {}, "abs_error": {}}, overrides)
+
+    @classmethod
+    def tagging(cls, name: str, classes: Sequence[str], *, metric: str = "span_f1", **overrides: Any) -> "Task":
+        """One of these tags per token: spans written as BIO tags, or parts of speech (`metric="accuracy"`)."""
+        metrics = {metric: {}} if metric == "accuracy" else {metric: {}, "accuracy": {}}
+        return cls._of("tagging", name, len(classes), "cross_entropy", metrics, {"classes": classes, **overrides})
 
     @classmethod
     def segmentation(cls, name: str, num_classes: int, **overrides: Any) -> "Task":

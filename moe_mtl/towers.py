@@ -57,13 +57,15 @@ class Towers(TaskMLP):
         dropout: share of the units dropped after each hidden layer in training.
 
     Raises:
-        ValueError: a task predicts something per pixel.
+        ValueError: a task predicts something per pixel or token.
     """
 
     def __init__(self, tasks: Sequence[Task], dim: int, hidden: Sequence[int] = (64,), dropout: float = 0.0):
         for task in tasks:
-            if task.is_dense:
-                raise ValueError(f"tasks: {task.name!r} of kind {task.kind} needs an image; towers read one vector")
+            if task.is_dense or task.kind == "tagging":
+                raise ValueError(
+                    f"tasks: {task.name!r} of kind {task.kind} needs an image or tokens; towers read one vector"
+                )
         super().__init__(dim, hidden, len(tasks), dropout)
         self.tasks = tuple(tasks)
         self.out = TaskLinear(self.out_dim, [task.channels for task in tasks], len(tasks), bias=True)

@@ -19,7 +19,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from moe_mtl import checkpoint as checkpoints
 from moe_mtl import hub, regularizers
 from moe_mtl.balancing import create_balancer
+from moe_mtl.batches import ShuffledBatches, SourceBatches, in_order, one_task_each
 from moe_mtl.data import collate
 from moe_mtl.diagnostics import BRIEF, ExpertUsage, diagnose
 from moe_mtl.gates import Gate
@@ -71,40 +73,24 @@ def decays(model: nn.Module) -> dict[str, bool]:
     return found
 
 
-class ShuffledBatches(Sampler[list[int]]):
-    """Endless batches of shuffled indices; where to start is a number, so that resuming needs no replay.
+def parameter_groups(model: nn.Module, config: TrainerConfig) -> list[dict[str, Any]]:
+    """The trainable parameters by weight decay and factor on the learning rate, decayed ones first.
 
-    Epochs follow each other without a gap: a batch may hold the end of one and the beginning of the next. The order of
-    an epoch depends on the seed and its number only.
-
-    Args:
-        num_samples: size of the data set.
-        batch_size: indices per batch.
-        seed: of the order.
-        start: batches to skip.
+    Raises:
+        ValueError: a pattern of `lr_scales` that no parameter's name matches.
     """
-
-    def __init__(self, num_samples: int, batch_size: int, seed: int, start: int = 0):
-        if num_samples < 1:
-            raise ValueError("num_samples: the training set is empty")
-        self.num_samples, self.batch_size, self.seed, self.start = num_samples, batch_size, seed, start
-
-    def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        return torch.randperm(self.num_samples, generator=generator).tolist()
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, offset = divmod(self.start * self.batch_size, self.num_samples)
-        order, batch = self._order(epoch), []
-        while True:
-            take = order[offset : offset + self.batch_size - len(batch)]
-            batch, offset = batch + take, offset + len(take)
-            if len(batch) == self.batch_size:
-                yield batch
-                batch = []
-            if offset == self.num_samples:
-                epoch, offset = epoch + 1, 0
-                order = self._order(epoch)
+    decayed, parameters = decays(model), dict(model.named_parameters())
+    for pattern in config.lr_scales:
+        if not any(fnmatch(name, pattern) for name in decayed):
+            raise ValueError(f"lr_scales: {pattern!r} matches no trainable parameter; they are named as {min(decayed)}")
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name in sorted(decayed, key=decayed.__getitem__, reverse=True):  # stable: the model's order within each
+        scale = [1.0, *(factor for pattern, factor in config.lr_scales.items() if fnmatch(name, pattern))][-1]
+        groups.setdefault((decayed[name], scale), []).append(parameters[name])
+    return [
+        {"params": found, "weight_decay": config.weight_decay if decay else 0.0, "scale": scale}
+        for (decay, scale), found in groups.items()
+    ]
 
 
 class Trainer:
@@ -159,14 +145,10 @@ class Trainer:
         self.balancer = create_balancer(config.balancer, self.tasks, **config.balancer_args).to(self.device)
         if config.accumulate > 1 and not self.balancer.affine:
             raise ValueError(f"accumulate: the balancer {config.balancer!r} needs the whole batch at once; use 1")
-        decayed = decays(model)
-        parameters = dict(model.named_parameters())
-        groups: list[dict[str, Any]] = [
-            {"params": [parameters[name] for name in decayed if decayed[name]], "weight_decay": config.weight_decay},
-            {"params": [parameters[name] for name in decayed if not decayed[name]], "weight_decay": 0.0},
-            {"params": list(self.balancer.parameters()), "weight_decay": 0.0, "scale": self.balancer.lr_scale},
-        ]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+        groups = parameter_groups(model, config)
+        own = list(self.balancer.parameters())
+        groups += [{"params": own, "weight_decay": 0.0, "scale": self.balancer.lr_scale}] if own else []
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
         self.step = 0
         self.seconds = 0.0  # of training, without evaluation and checkpoints, over all restarts
@@ -191,8 +173,7 @@ class Trainer:
         val = self.data.split("val") if config.eval_every else None
         random_state = self._open_run()
         hub.replace_file(self.out / "run.json", lambda path: path.write_text(json.dumps(self.run, indent=1) + "\n"))
-        batches = ShuffledBatches(len(train), config.batch_size, config.seed, start=self.step)
-        loader = iter(self._loader(train, batch_sampler=batches))
+        loader = iter(self._loader(train, batch_sampler=self._batches(train)))
         if random_state is None:
             set_seed(config.seed)
         else:  # last, so that nothing above has drawn from them
@@ -227,6 +208,12 @@ class Trainer:
         if config.tasks_per_step is not None:
             drawn = torch.randperm(len(names), generator=self.task_sampler)[: config.tasks_per_step]
             names = [names[i] for i in sorted(drawn.tolist())]
+        ids = None
+        if config.batches == "alternating":
+            names = [names[self.step % len(names)]]
+        elif config.batches == "mixed":
+            own = torch.Generator().manual_seed((config.seed * 1_000_003 + self.step) % 2**63)
+            ids = one_task_each(batch, self.tasks, own)
         # labels per task, counted before they move to the device so that nothing has to be waited for
         counts = {t.name: int(t.valid(batch[t.name]).sum()) for t in self.tasks if t.name in names and t.name in batch}
         tasks = [task for task in self.tasks if counts.get(task.name)]
@@ -248,6 +235,8 @@ class Trainer:
                 key: tree_map(lambda t: (t if whole else t[rows]).to(self.device), batch[key])  # noqa: B023
                 for key in (self.input, *losses)
             }
+            if ids is not None:
+                part["ids"] = ids[rows].to(self.device)
             share = len(rows) / samples
             found, routings, auxiliary = self._losses(part, tasks)
             # a part's mean counts by its share of the batch's labels; dividing by its share of the samples, which the
@@ -287,13 +276,20 @@ class Trainer:
     def _losses(self, part: Batch, tasks: list[Task]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
         """The loss of every task on some samples, what was routed, and the model's own auxiliary losses."""
         config = self.config
+        names = [task.name for task in tasks]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if config.inner_lr > 0:
                 how = {"inner_lr": config.inner_lr, "share": config.inner_share, "second_order": config.second_order}
                 return *two_step_losses(self.parallel, part[self.input], part, tasks, **how), {}
-            predictions, routings = self.parallel(
-                part[self.input], tasks=[task.name for task in tasks], return_routing=True
-            )
+            predictions, routings = self.parallel(part[self.input], tasks=part.get("ids", names), return_routing=True)
+        if "ids" in part:
+            losses = {
+                task.name: task.compute_loss(predictions[task.name][1], part[task.name][predictions[task.name][0]])
+                if task.name in predictions
+                else torch.zeros((), device=self.device)
+                for task in tasks
+            }
+            return losses, routings, {}
         losses = {task.name: task.compute_loss(predictions[task.name], part[task.name]) for task in tasks}
         own = getattr(self.model, "auxiliary_losses", None)
         return losses, routings, {} if own is None else own(predictions)
@@ -312,16 +308,50 @@ class Trainer:
             dataset = Subset(dataset, range(min(self.config.val_limit, len(dataset))))
         metrics, usage = TaskMetrics(self.tasks), ExpertUsage.of(self.model)
         self.parallel.eval()
-        for batch in self._loader(dataset, batch_size=self.config.batch_size):
+        for batch in self._loader(dataset, batch_sampler=in_order(dataset, self.config.batch_size)):
+            names = [task.name for task in self.tasks if task.name in batch]
+            if not names:  # nothing to score
+                continue
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 x = move(batch[self.input], self.device)
-                predictions, routings = self.parallel(x, return_routing=True)
+                predictions, routings = self.parallel(x, tasks=names, return_routing=True)
             metrics.update({name: p.float().cpu() for name, p in predictions.items()}, batch)
             usage.update(routings)
         checkpoints.set_random_state(before)
         layers = {layer: diagnose(shares) for layer, shares in usage.compute().items()}
         brief = {layer: {name: found[name] for name in BRIEF} for layer, found in layers.items()}
         return {"metrics": metrics.compute(), "routing": brief}
+
+    def _batches(self, train: Any) -> Sampler[list[int]]:
+        """The order of the training samples, from the present update on.
+
+        Raises:
+            ValueError: the order needs to know sources, which the data set does not tell.
+        """
+        config = self.config
+        if config.batches == "shuffled" and not hasattr(train, "lengths"):
+            return ShuffledBatches(len(train), config.batch_size, config.seed, start=self.step)
+        sources, turns = getattr(train, "sources", None), None
+        if config.batches == "alternating":
+            every = range(len(train))
+            turns = [task.name for task in self.tasks]
+            sources = {name: train.labelled(name) if hasattr(train, "labelled") else every for name in turns}
+        elif config.batches == "shuffled":
+            sources = {"": range(len(train))}
+        elif sources is None:
+            raise ValueError(f"batches: {config.batches!r} needs a data set of several sources; use 'shuffled'")
+        return SourceBatches(
+            sources,
+            config.batch_size,
+            config.seed,
+            self.step,
+            temperature=config.temperature,
+            mixed=config.batches == "mixed",
+            turns=turns,
+            first=round(config.high_resource_first * config.steps),
+            high=config.high_resource,
+            lengths=getattr(train, "lengths", None),
+        )
 
     def _loader(self, dataset: Any, **how: Any) -> DataLoader:
         # its own generator: else making an iterator would draw from the global one
@@ -342,7 +372,7 @@ class Trainer:
             (record[kind] if kind else record)[key] = total / count
         self.window = {}
         factors = self.balancer.factors()
-        return record | {"factor": factors, "lr": self.optimizer.param_groups[0]["lr"], "seconds": self.seconds}
+        return record | {"factor": factors, "lr": self.config.lr * lr_factor(self.step - 1, self.config), "seconds": self.seconds}
 
     def _diverged(self, what: str, step: int) -> TrainingDiverged:
         last = checkpoints.latest(self.out / "checkpoints")

@@ -17,7 +17,16 @@ class TrainerConfig:
             batch, also where labels are missing; regularizers are computed per part and averaged.
         tasks_per_step: tasks drawn for each update, uniformly and without replacement; all when None. Losses are not
             scaled up for the tasks left out.
+        batches: "shuffled"; of data sets of several sources, such as several sets of texts, also "homogeneous" (a
+            source per batch, drawn), "mixed" (a source per sample, drawn, and one of its tasks); or "alternating" (a
+            task per update, in turn; of any data set).
+        temperature: of the draw of sources: in proportion to their size to the power of 1 / temperature.
+        high_resource_first: share of the updates, at the beginning, that see the high-resource sources alone: Choi et
+            al. 2023, https://arxiv.org/abs/2312.06134.
+        high_resource: names of these sources; the largest when empty.
         lr: peak learning rate of AdamW.
+        lr_scales: factors on it for the parameters whose name matches a wildcard, such as {"backbone.*": 0.1}; of
+            several that match the last counts.
         lr_final: learning rate at the end, as a fraction of the peak.
         warmup: updates over which the learning rate rises linearly.
         weight_decay: decoupled decay of weight matrices; biases, norms, embeddings and balancers get none.
@@ -57,7 +66,12 @@ class TrainerConfig:
     batch_size: int = 32
     accumulate: int = 1
     tasks_per_step: int | None = None
+    batches: Literal["shuffled", "homogeneous", "mixed", "alternating"] = "shuffled"
+    temperature: float = 1.0
+    high_resource_first: float = 0.0
+    high_resource: list[str] = field(default_factory=list)
     lr: float = 1e-3
+    lr_scales: dict[str, float] = field(default_factory=dict)
     lr_final: float = 0.01
     warmup: int = 100
     weight_decay: float = 0.05
@@ -98,6 +112,15 @@ class TrainerConfig:
             raise ValueError(f"inner_share: got {self.inner_share}, expected above 0 and below 1")
         if not 0 <= self.regularize_from < 1:
             raise ValueError(f"regularize_from: got {self.regularize_from}, expected from 0 to below 1")
+        if not self.temperature > 0 or not 0 <= self.high_resource_first < 1:
+            raise ValueError(
+                f"temperature, high_resource_first: got {self.temperature}, {self.high_resource_first}; expected "
+                "above 0, and from 0 to below 1"
+            )
+        if self.high_resource_first and self.batches not in ("homogeneous", "mixed"):
+            raise ValueError(f"high_resource_first: sources are not drawn with batches={self.batches!r}")
+        if self.batches in ("mixed", "alternating") and (self.inner_lr > 0 or self.tasks_per_step is not None):
+            raise ValueError(f"batches: {self.batches!r} draws tasks itself; leave inner_lr and tasks_per_step out")
         if self.inner_lr > 0 and self.accumulate > 1:
             raise ValueError("accumulate: a two-step update needs the whole batch at once; use 1, or inner_lr 0")
         if self.accumulate > self.batch_size:

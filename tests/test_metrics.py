@@ -28,11 +28,13 @@ NAN = float("nan")
 
 def task_for(metric: str, kind: str, **args) -> Task:
     """A task of that kind with that metric alone."""
-    channels = {"classification": 4, "multilabel": 3, "segmentation": 4, "normals": 3}.get(kind, 1)
+    channels = {"classification": 4, "multilabel": 3, "segmentation": 4, "tagging": 5, "normals": 3}.get(kind, 1)
     if kind == "classification" and metric in ("auc", "average_precision", "grouped_auc"):
         channels = 2
     loss = {"classification": "cross_entropy", "segmentation": "cross_entropy", "normals": "cosine"}.get(kind, "l1")
-    return Task(name="t", kind=kind, channels=channels, loss=loss, metrics={metric: args})
+    classes = ("O", "B-x", "I-x", "B-y", "I-y") if kind == "tagging" else ()
+    loss = "cross_entropy" if kind == "tagging" else loss
+    return Task(name="t", kind=kind, channels=channels, loss=loss, metrics={metric: args}, classes=classes)
 
 
 def score(task: Task, *batches: tuple[torch.Tensor, torch.Tensor | None]) -> dict[str, float]:
@@ -55,6 +57,8 @@ def make_target(task: Task, b: int = 24, size: int = 12) -> torch.Tensor:
             return (torch.arange(b)[:, None] // (1 + torch.arange(task.channels)) % 2).float()
         case "regression":
             return torch.rand(b) + 1.0
+        case "tagging":
+            return torch.randint(0, task.channels, (b, size))
         case "segmentation":
             return torch.randint(0, task.channels, (b, *hw))
         case "depth":
@@ -68,7 +72,7 @@ def make_target(task: Task, b: int = 24, size: int = 12) -> torch.Tensor:
 def perfect(task: Task, target: torch.Tensor) -> torch.Tensor:
     """The prediction that is right everywhere."""
     sure = 60 if "log_loss" in task.metrics else 9
-    if task.kind in ("classification", "segmentation"):
+    if task.kind in ("classification", "segmentation", "tagging"):
         return torch.nn.functional.one_hot(target, task.channels).float().movedim(-1, 1) * sure
     if task.kind in ("binary", "multilabel", "binary_map"):
         return (target - 0.5) * sure
@@ -99,6 +103,7 @@ def test_every_metric_a_task_constructor_names_exists_and_fits():
         Task.binary("i"),
         Task.multilabel("b", 3),
         Task.regression("c"),
+        Task.tagging("j", ["O", "B-x", "I-x"]),
         Task.segmentation("d", 3),
         Task.depth("e"),
         Task.normals("f"),

@@ -17,12 +17,15 @@ import torch
 import moe_mtl
 from moe_mtl.data import DATASETS
 from moe_mtl.data._frames import TableData
+from moe_mtl.data._texts import TextData
 from moe_mtl.data.procroom import ProcRoom
 from moe_mtl.recipes import RECIPES, get_recipe, list_recipes
 from moe_mtl.tasks import Task, nearest
 from moe_mtl.trainer_config import TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+ENCODER = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+ENCODER |= {"vocab_size": 50, "intermediate_size": 32}
 SMALL = ["--model.args.dim=16", "--model.args.depth=2", "--model.args.num_heads=2", "--model.args.experts=4"]
 SMALL += ["--model.args.k=2", "--data.num_train=40", "--data.num_val=8", "--data.size=16", "--trainer.batch_size=4"]
 SMALL += ["--trainer.device=cpu", "--model.args.image_size=16", "--trainer.progress=false", "--trainer.eval_every=4"]
@@ -45,10 +48,13 @@ def test_a_recipe_is_complete(name):
     # what is validated on construction is valid, and the model exists and predicts the tasks of the data
     read = isinstance(recipe.data, TableData) and hasattr(recipe.data, "root")  # tells tasks and columns of its files
     names = [name for row in recipe.model.args.get("categories", [["a"], ["b"]]) for name in row]
+    read = read or isinstance(recipe.data, TextData)
     tasks = [Task.binary(names[0]), Task.regression(names[1])] if read else recipe.data.task_list()
     columns = {"columns": [{"name": "x", "kind": "vector", "size": 3}]} if read else {}
     if isinstance(recipe.data, TableData) and not read:
         columns = recipe.data.model_args()
+    if isinstance(recipe.data, TextData):
+        tasks, columns = [Task.binary("a"), Task.tagging("b", ["O", "B-c"])], {"encoder": ENCODER}
     model = moe_mtl.create_model(recipe.model.name, tasks=tasks, **columns, **recipe.model.args)
     assert [task.name for task in model.tasks] == [task.name for task in tasks]
     assert isinstance(recipe.trainer, TrainerConfig) and recipe.trainer.out.startswith("runs/")

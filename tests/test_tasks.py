@@ -16,6 +16,7 @@ TASKS = {
     "multilabel": Task.multilabel("tags", 4),
     "binary": Task.binary("click"),
     "regression": Task.regression("age"),
+    "tagging": Task.tagging("slots", ["O", "B-x", "I-x"]),
     "segmentation": Task.segmentation("semseg", 5),
     "depth": Task.depth(),
     "normals": Task.normals(),
@@ -35,6 +36,8 @@ def make_batch(task: Task, b: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.randn(b), torch.randint(0, 2, (b,)).float()
         case "regression":
             return torch.randn(b), torch.randn(b)
+        case "tagging":
+            return torch.randn(b, c, 7), torch.randint(0, c, (b, 7))
         case "segmentation":
             return torch.randn(b, c, *hw), torch.randint(0, c, (b, *hw))
         case "depth":

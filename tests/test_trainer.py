@@ -14,9 +14,10 @@ from torch import nn
 from moe_mtl import checkpoint as checkpoints
 from moe_mtl import trainer as trainer_module
 from moe_mtl.balancing import create_balancer
+from moe_mtl.batches import ShuffledBatches
 from moe_mtl.routing import Routing
 from moe_mtl.tasks import Task
-from moe_mtl.trainer import ShuffledBatches, Trainer, TrainerConfig, TrainingDiverged, decays, lr_factor
+from moe_mtl.trainer import Trainer, TrainerConfig, TrainingDiverged, decays, lr_factor
 
 TASKS = (Task.segmentation("semseg", 3), Task.depth("depth"), Task.classification("scene", 2))
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_mtl.backbones._upcycle import ExpertMaker, Weights, activation_of, agrees, chosen_blocks, detached
-from moe_mtl.heads import Features, PooledHead
+from moe_mtl.heads import Features, make_head
 from moe_mtl.layers import ContextMoE, TaskContext
 from moe_mtl.multitask import MultiTaskModel
 from moe_mtl.tasks import Task
 
 Encoder = Any  # a model of transformers, read by structure: its attributes are not declared
 TOKENS = "input_ids"
-SENTENCE_KINDS = ("classification", "binary", "multilabel", "regression")
+TEXT_KINDS = ("classification", "binary", "multilabel", "regression", "tagging")
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,27 @@ class FeedForward:
 def moefy_encoder(
     backbone: Encoder,
     tasks: Sequence[Task],
-    make: ExpertMaker,
+    make: ExpertMaker | None,
     *,
     every: int = 2,
     blocks: Sequence[int] | None = None,
 ) -> "TextModel":
     """`moe_mtl.backbones.moefy` of an encoder of transformers, which becomes part of the result.
 
-    Every task gets a fresh head on the mean of the tokens. Padding, which the attention mask marks, is never routed and
-    never counted. From the first task-dependent layer on, hidden states and masks are repeated per task.
+    Every task gets a fresh head, on the mean of the tokens or, for tagging, on each of them. Padding, which the
+    attention mask marks, is never routed and never counted. From the first task-dependent layer on, hidden states and
+    masks are repeated per task. Without `make` the encoder stays dense, shared by all tasks.
 
     Raises:
         ValueError: a structure this adapter does not know, a kind of task that is not one of a whole text, or layer
             numbers out of range.
     """
     for task in tasks:
-        if task.kind not in SENTENCE_KINDS:
-            raise ValueError(f"tasks: {task.name!r} is of kind {task.kind}; for texts: {', '.join(SENTENCE_KINDS)}")
+        if task.kind not in TEXT_KINDS:
+            raise ValueError(f"tasks: {task.name!r} is of kind {task.kind}; for texts: {', '.join(TEXT_KINDS)}")
     context, layers = TaskContext(), find_layers(backbone)
     stacked = False
-    for i in chosen_blocks(len(layers), every, blocks):
+    for i in () if make is None else chosen_blocks(len(layers), every, blocks):
         found = find_feed_forward(layers[i])
         assert found is not None  # find_layers has seen it
         moe = make(*dense_weights(found))
@@ -74,8 +75,39 @@ def moefy_encoder(
             for layer in layers[i:]:
                 layer.register_forward_pre_hook(RepeatInputs(context), with_kwargs=True)
     like = next(backbone.parameters())
-    heads = {task.name: PooledHead(task, backbone.config.hidden_size).to(like) for task in tasks}
+    heads = {task.name: make_head(task, backbone.config.hidden_size, patch_size=1).to(like) for task in tasks}
     return TextModel(backbone, tasks, heads, context, text_features)
+
+
+def read_encoder(encoder: str | Mapping[str, Any]) -> Encoder:
+    """An encoder of transformers, without what pools its tokens.
+
+    Args:
+        encoder: a folder or a name on the hub, with its weights; or its configuration as plain data, with fresh ones.
+
+    Raises:
+        OSError: there is no such folder or name.
+        ValueError: the configuration is of no type transformers knows.
+    """
+    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding
+
+    if isinstance(encoder, str):
+        config = AutoConfig.from_pretrained(encoder)
+    else:
+        config = AutoConfig.for_model(**{"model_type": "", **encoder})
+    auto = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+    model: Any = auto.from_pretrained(encoder) if isinstance(encoder, str) else auto.from_config(config)
+    if isinstance(getattr(model, "pooler", None), nn.Module):
+        model.pooler = None  # it would never get a gradient
+    return model
+
+
+def describe_encoder(model: "TextModel") -> dict[str, Any]:
+    """The configuration of a model's encoder, as `read_encoder` takes it."""
+    found = dict(model.backbone.config.to_dict())  # type: ignore[operator]
+    for name in ("_name_or_path", "architectures", "transformers_version"):  # where it came from, not what it is
+        found.pop(name, None)
+    return found
 
 
 class TextModel(MultiTaskModel):
@@ -106,6 +138,9 @@ class TextModel(MultiTaskModel):
             raise ValueError(f"attention_mask: got {list(mask.shape)}, expected that of {TOKENS}, {list(ids.shape)}")
         config: Any = self.backbone.config
         longest = getattr(config, "max_position_embeddings", None)
+        table = getattr(getattr(self.backbone, "embeddings", None), "position_embeddings", None)
+        if longest is not None and getattr(table, "padding_idx", None) is not None:
+            longest -= int(table.padding_idx) + 1  # RoBERTa counts its positions from there  # type: ignore[union-attr]
         if longest is not None and ids.shape[1] > longest:
             raise ValueError(
                 f"{TOKENS}: got texts of {ids.shape[1]} tokens, the encoder has {longest} positions; "

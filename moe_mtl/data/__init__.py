@@ -13,9 +13,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moe_mtl.data._frames import encode_rows
+from moe_mtl.data._texts import TextSplit
 from moe_mtl.data.collate import collate, to_image
 
 if TYPE_CHECKING:
+    from moe_mtl.data.banking77 import Banking77
     from moe_mtl.data.census_income import CensusIncome
     from moe_mtl.data.click_log import ClickLog
     from moe_mtl.data.entire_space import EntireSpaceLog
@@ -23,16 +25,22 @@ if TYPE_CHECKING:
     from moe_mtl.data.movielens import MovieLens
     from moe_mtl.data.multi_mnist import MultiMNIST
     from moe_mtl.data.multitab_bench import MultiTabBench
+    from moe_mtl.data.nlu_mix import NLUMix
+    from moe_mtl.data.nlupp import NLUpp
     from moe_mtl.data.nyuv2 import NYUv2
     from moe_mtl.data.parkinsons import Parkinsons
     from moe_mtl.data.procroom import ProcRoom
     from moe_mtl.data.related_regression import RelatedRegression
     from moe_mtl.data.sklearn_sets import SklearnSet
+    from moe_mtl.data.snips import Snips
     from moe_mtl.data.table import Table
+    from moe_mtl.data.text_files import TextFiles
     from moe_mtl.data.tox21 import Tox21
+    from moe_mtl.data.ud_english_ewt import UDEnglishEWT
 
 # file -> class; its name in DATASETS is that of the file
 _CLASSES = {
+    "banking77": "Banking77",
     "census_income": "CensusIncome",
     "click_log": "ClickLog",
     "entire_space": "EntireSpaceLog",
@@ -40,17 +48,23 @@ _CLASSES = {
     "movielens": "MovieLens",
     "multi_mnist": "MultiMNIST",
     "multitab_bench": "MultiTabBench",
+    "nlu_mix": "NLUMix",
+    "nlupp": "NLUpp",
     "nyuv2": "NYUv2",
     "parkinsons": "Parkinsons",
     "procroom": "ProcRoom",
     "related_regression": "RelatedRegression",
     "sklearn_sets": "SklearnSet",
+    "snips": "Snips",
     "table": "Table",
+    "text_files": "TextFiles",
     "tox21": "Tox21",
+    "ud_english_ewt": "UDEnglishEWT",
 }
 
 __all__ = [
     "DATASETS",
+    "Banking77",
     "CensusIncome",
     "ClickLog",
     "EntireSpaceLog",
@@ -58,13 +72,19 @@ __all__ = [
     "MovieLens",
     "MultiMNIST",
     "MultiTabBench",
+    "NLUMix",
+    "NLUpp",
     "NYUv2",
     "Parkinsons",
     "ProcRoom",
     "RelatedRegression",
     "SklearnSet",
+    "Snips",
     "Table",
+    "TextFiles",
+    "TextSplit",
     "Tox21",
+    "UDEnglishEWT",
     "collate",
     "encode_rows",
     "to_image",

@@ -16,6 +16,7 @@ LABEL_AXES = {
     "binary": ("",),
     "multilabel": ("c",),
     "regression": ("", "c"),
+    "tagging": ("n",),
     "segmentation": ("h w",),
     "depth": ("h w",),
     "normals": ("3 h w",),

@@ -28,6 +28,7 @@ from moe_mtl.metrics.dense import (
     dilate,
 )
 from moe_mtl.metrics.ranking import AUC, AveragePrecision, GroupedAUC
+from moe_mtl.metrics.texts import MicroF1, SpanF1
 from moe_mtl.metrics.values import R2, RMSE, AbsError, Accuracy, BinaryAccuracy, Delta1, LogLoss, RelError
 from moe_mtl.tasks import Task, nearest
 
@@ -50,8 +51,10 @@ __all__ = [
     "MaxF",
     "MeanIoU",
     "MetricInfo",
+    "MicroF1",
     "PixelAccuracy",
     "RelError",
+    "SpanF1",
     "Within11",
     "Within22",
     "Within30",
@@ -106,6 +109,10 @@ def _values(task: Task) -> dict[str, Any]:
     return {"values": task.channels}
 
 
+def _tags(task: Task) -> dict[str, Any]:
+    return {"classes": task.classes}
+
+
 def _one_score(task: Task) -> dict[str, Any]:
     if task.kind == "classification" and task.channels != 2:
         raise ValueError(
@@ -116,8 +123,10 @@ def _one_score(task: Task) -> dict[str, Any]:
 
 
 METRICS: dict[str, MetricInfo] = {
-    "accuracy": _info(Accuracy, "share", "classification"),
+    "accuracy": _info(Accuracy, "share", "classification", "tagging"),
     "binary_accuracy": _info(BinaryAccuracy, "share", "binary", "multilabel", "binary_map"),
+    "micro_f1": _info(MicroF1, "share", "binary", "multilabel"),
+    "span_f1": _info(SpanF1, "share", "tagging", given=_tags),
     "log_loss": _info(LogLoss, "nat", "binary", "classification", "multilabel", given=_labels),
     "auc": _info(AUC, "", "binary", "classification", "multilabel", given=_one_score),
     "average_precision": _info(AveragePrecision, "", "binary", "classification", "multilabel", given=_one_score),
