@@ -186,7 +186,7 @@ def parse(folder: Path, run: Mapping[str, Any], options: Sequence[str]) -> Any:
     add("--data", type=type(data), default=data)
     add("--split", default="test", help="which split")
     add("--limit", type=int | None, default=None, help="score only the first samples")
-    add("--batch_size", type=int | None, default=None, help="samples per pass when scoring; 64 pictures or 4096 rows")
+    add("--batch_size", type=int | None, default=None, help="samples per pass; 64 pictures or texts, 4096 rows")
     add("--tasks", type=str | None, default=None, help="comma-separated names; all by default")
     add("--out", type=str | None, default=None, help="the JSON")
     add("--label", type=str | None, default=None, help="what to call the model where it is a baseline of others")
@@ -223,8 +223,9 @@ def score(model: Any, dataset: Any, tasks: Sequence[Task], batch_size: int | Non
     import torch
     from rich.console import Console
     from rich.progress import track
-    from torch.utils.data import DataLoader, Subset
+    from torch.utils.data import DataLoader
 
+    from moe_mtl.batches import in_order
     from moe_mtl.data import collate
     from moe_mtl.diagnostics import ExpertUsage
     from moe_mtl.metrics import metric_info
@@ -232,30 +233,37 @@ def score(model: Any, dataset: Any, tasks: Sequence[Task], batch_size: int | Non
     from moe_mtl.scoring import TaskMetrics
 
     names, device = [task.name for task in tasks], next(model.parameters()).device
-    if limit is not None:
-        dataset = Subset(dataset, range(min(limit, len(dataset))))
-    if len(dataset) == 0:
-        raise ValueError("split: it holds no samples")
-    table = model.input == "table"
+    table, text = model.input == "table", model.input == "text"
     together = partial(collate, tasks=tasks, inputs=(model.input,))
-    loader = DataLoader(dataset, batch_size=batch_size or (4096 if table else 64), collate_fn=together)
+    batches = in_order(dataset, batch_size or (4096 if table else 64), limit)
+    if not batches:
+        raise ValueError("split: it holds no samples")
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=together)
     metrics, usage, shown, inputs = TaskMetrics(tasks), ExpertUsage.of(model), [], None
     console = Console(stderr=True)
     with torch.inference_mode():
         for batch in track(loader, "scoring", console=console, transient=True, disable=not console.is_terminal):
             x = move(batch[model.input], device)
-            predictions, routings = model(x, tasks=names, return_routing=True)
+            # texts of one source have the labels of its tasks alone, and others would only be computed
+            run = [name for name in names if name in batch] if text else names
+            if not run:
+                continue
+            predictions, routings = model(x, tasks=run, return_routing=True)
             predictions = {name: prediction.float().cpu() for name, prediction in predictions.items()}
             metrics.update(predictions, batch)
             usage.update(routings)
-            if inputs is None or table:
+            if not text and (inputs is None or table):
                 count = None if table else SHOWN
                 targets = {name: batch[name][:count] if batch.get(name) is not None else None for name in names}
                 shown.append(({name: p[:count] for name, p in predictions.items()}, targets))
             if inputs is None:
                 inputs = x
-    first = None if table else inputs[:SHOWN].cpu()  # type: ignore[index]
-    predicted, labels = ({name: joined([part[i][name] for part in shown]) for name in names} for i in (0, 1))
+    if inputs is None:
+        raise ValueError(f"split: no sample has a label of {', '.join(names)}")
+    first = None if table or text else inputs[:SHOWN].cpu()  # type: ignore[index]
+    predicted, labels = (
+        {name: joined([part[i][name] for part in shown]) for name in names} if shown else {} for i in (0, 1)
+    )
     info = {m: metric_info(m) for task in tasks for m in task.metrics}
     return {
         "metrics": metrics.compute(),
@@ -267,7 +275,7 @@ def score(model: Any, dataset: Any, tasks: Sequence[Task], batch_size: int | Non
             for task in tasks
         },
         "usage": usage.compute(names),
-        "samples": len(dataset),
+        "samples": sum(map(len, batches)),
         "inputs": inputs,
         "shown": (first, predicted, labels),
     }

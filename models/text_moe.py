@@ -69,7 +69,7 @@ def build(tasks: Sequence[Task], config: TextConfig) -> TextModel:
 
 def _with_options(model: Any, config: TextConfig) -> nn.Module:
     one = next(iter(model.models.values())) if isinstance(model, SingleTaskSet) else model
-    model.options = asdict(replace(config, encoder=describe_encoder(one)))  # what `create_model` records
+    model.options = asdict(replace(config, encoder=describe_encoder(one.backbone)))  # what `create_model` records
     return model
 
 

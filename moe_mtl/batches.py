@@ -159,13 +159,20 @@ class SourceBatches(Sampler[list[int]]):
             yield [next(streams[name])[0] for name in names]
 
 
-def in_order(dataset: Any, batch_size: int) -> list[list[int]]:
-    """Every sample once, for scoring: batches of one source each, texts sorted by length; plain batches otherwise."""
+def in_order(dataset: Any, batch_size: int, limit: int | None = None) -> list[list[int]]:
+    """Every sample once, for scoring: batches of one source each, texts sorted by length; plain batches otherwise.
+
+    Args:
+        dataset: with or without `sources` and `lengths`.
+        batch_size: samples per batch at most.
+        limit: take only the first so many samples, shared out evenly over the sources; all when None.
+    """
     sources = getattr(dataset, "sources", {"": range(len(dataset))})
     lengths = getattr(dataset, "lengths", None)
     batches = []
-    for rows in sources.values():
-        ordered = list(rows) if lengths is None else sorted(rows, key=lambda i: lengths[i])
+    for at, rows in enumerate(sources.values()):
+        first = rows if limit is None else rows[: limit // len(sources) + (at < limit % len(sources))]
+        ordered = list(first) if lengths is None else sorted(first, key=lambda i: lengths[i])
         batches += [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
     return batches
 

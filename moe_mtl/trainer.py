@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Sampler, Subset
+from torch.utils.data import DataLoader, Sampler
 
 from moe_mtl import checkpoint as checkpoints
 from moe_mtl import hub, regularizers
@@ -304,11 +304,10 @@ class Trainer:
                 empty for a dense model.
         """
         before = checkpoints.random_state()
-        if self.config.val_limit is not None:
-            dataset = Subset(dataset, range(min(self.config.val_limit, len(dataset))))
         metrics, usage = TaskMetrics(self.tasks), ExpertUsage.of(self.model)
         self.parallel.eval()
-        for batch in self._loader(dataset, batch_sampler=in_order(dataset, self.config.batch_size)):
+        order = in_order(dataset, self.config.batch_size, self.config.val_limit)
+        for batch in self._loader(dataset, batch_sampler=order):
             names = [task.name for task in self.tasks if task.name in batch]
             if not names:  # nothing to score
                 continue
@@ -371,8 +370,8 @@ class Trainer:
             kind, _, key = name.rpartition("/")
             (record[kind] if kind else record)[key] = total / count
         self.window = {}
-        factors = self.balancer.factors()
-        return record | {"factor": factors, "lr": self.config.lr * lr_factor(self.step - 1, self.config), "seconds": self.seconds}
+        lr = self.config.lr * lr_factor(max(0, self.step - 1), self.config)
+        return record | {"factor": self.balancer.factors(), "lr": lr, "seconds": self.seconds}
 
     def _diverged(self, what: str, step: int) -> TrainingDiverged:
         last = checkpoints.latest(self.out / "checkpoints")

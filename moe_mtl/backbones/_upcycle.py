@@ -28,6 +28,9 @@ class ExpertMaker:
 
     Raises:
         ValueError: an unknown gate or kind of copy, or "split" where not every expert is used.
+
+    Attributes:
+        options: the arguments, plain data.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class ExpertMaker:
             raise ValueError(f"hidden: got {hidden!r}, expected 'copy' or 'split'")
         self.num_tasks, self.gate, self.experts, self.hidden = num_tasks, gate, experts, hidden
         self.k = resolve_k(gate, experts, k)
+        self.options = {"gate": gate, "gate_args": dict(gate_args or {}), "experts": experts, "k": k, "hidden": hidden}
         if hidden == "split" and self.k != experts:
             raise ValueError(
                 f"hidden: 'split' computes what the dense model did only when every expert is used; got k={self.k} of "

@@ -76,7 +76,12 @@ def moefy_encoder(
                 layer.register_forward_pre_hook(RepeatInputs(context), with_kwargs=True)
     like = next(backbone.parameters())
     heads = {task.name: make_head(task, backbone.config.hidden_size, patch_size=1).to(like) for task in tasks}
-    return TextModel(backbone, tasks, heads, context, text_features)
+    model = TextModel(backbone, tasks, heads, context, text_features)
+    args: dict[str, Any] = {"encoder": describe_encoder(backbone)}
+    if make is not None:
+        args |= make.options | {"every": every, "blocks": None if blocks is None else list(blocks)}
+    model.config = {"name": "text_shared_bottom" if make is None else "text_moe", "args": args}
+    return model
 
 
 def read_encoder(encoder: str | Mapping[str, Any]) -> Encoder:
@@ -102,9 +107,9 @@ def read_encoder(encoder: str | Mapping[str, Any]) -> Encoder:
     return model
 
 
-def describe_encoder(model: "TextModel") -> dict[str, Any]:
-    """The configuration of a model's encoder, as `read_encoder` takes it."""
-    found = dict(model.backbone.config.to_dict())  # type: ignore[operator]
+def describe_encoder(encoder: Encoder) -> dict[str, Any]:
+    """The configuration of an encoder as plain data, as `read_encoder` takes it."""
+    found = dict(encoder.config.to_dict())
     for name in ("_name_or_path", "architectures", "transformers_version"):  # where it came from, not what it is
         found.pop(name, None)
     return found
@@ -114,6 +119,7 @@ class TextModel(MultiTaskModel):
     """A multi-task model of tokenized texts: {"input_ids": int64 [b, n], "attention_mask": [b, n], ...}."""
 
     input = "text"
+    config: dict[str, Any]  # name and options in the register of models, by which it is saved
 
     def valid_tokens(self, x: Mapping[str, Tensor]) -> Tensor | None:
         """Where the attention mask is not 0, bool [b, n]; None without a mask."""

@@ -7,6 +7,7 @@
 A file is split at random; a folder holds train, val (or validation, dev) and test files.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,15 +109,25 @@ def _rows(path: Path) -> list[Row]:
 
     if path.suffix not in ENDINGS:
         raise ValueError(f"root: {path} is none of {', '.join(ENDINGS)}")
-    if path.suffix == ".parquet":
-        frame = pandas.read_parquet(path)
-    elif path.suffix in (".json", ".jsonl"):
-        frame = pandas.read_json(path, lines=path.suffix == ".jsonl", dtype=False, convert_dates=False)
+    if path.suffix in (".json", ".jsonl"):
+        content = path.read_text(encoding="utf-8")
+        try:
+            lines = [line for line in content.splitlines() if line.strip()]
+            rows: Any = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else json.loads(content)
+        except ValueError as error:
+            raise TextError(f"{path}: is not JSON ({error})") from error
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise TextError(f"{path}: expected a list of objects, one per text")
+        keys = {key: None for row in rows for key in row}
+        rows = [{**keys, **row} for row in rows]
+    elif path.suffix == ".parquet":
+        rows = pandas.read_parquet(path).to_dict(orient="records")
     else:
-        frame = pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
-    if frame.empty:
+        read = pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
+        rows = read.to_dict(orient="records")
+    if not rows:
         raise ValueError(f"root: {path} holds no rows")
-    return frame.to_dict(orient="records")  # type: ignore[return-value]
+    return rows
 
 
 def _absent(value: Any) -> bool:

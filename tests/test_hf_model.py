@@ -1,0 +1,216 @@
+"""Text models as models of transformers: round trips, pipelines, its Trainer, accelerate, the hub."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import moe_mtl
+from moe_mtl import create_model, extract, moefy, prune
+from moe_mtl.backbones import hf_model
+from moe_mtl.backbones.hf_model import (
+    MoeMtlConfig,
+    MoeMtlForSequenceClassification,
+    MoeMtlForTokenClassification,
+    MoeMtlModel,
+    to_transformers,
+)
+from moe_mtl.data import Snips
+from moe_mtl.tasks import Task
+from tests.test_encoders import ENCODERS, encoder, texts
+from tests.text_cases import save_encoder, write_snips
+
+TASKS = (Task.classification("intent", 3, classes=["a", "b", "c"]), Task.tagging("slots", ["O", "B-x", "I-x"]))
+TASKS += (Task.regression("score"), Task.binary("spam"), Task.multilabel("topics", 2))
+
+
+def shaken(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(save_encoder(tmp_path_factory.mktemp("encoder")))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    torch.manual_seed(0)
+    return shaken(create_model("text_moe", tasks=TASKS, encoder=folder, experts=3, every=1))
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    before = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    if before:
+        transformers.utils.logging.enable_progress_bar()
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_round_trip_of_every_encoder(kind, tmp_path):
+    found = shaken(moefy(encoder(kind), TASKS, experts=3, k=2, every=2, gate="task_embedding"))
+    x = texts()
+    MoeMtlModel.of(found).save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    read, info = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(read) is MoeMtlModel and not any(
+        info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
+    with torch.no_grad():
+        same(read(**x).predictions, found(x))
+        same(read(**x, tasks=["score"]).predictions, found(x, tasks=["score"]))
+    assert transformers.AutoConfig.from_pretrained(tmp_path).tasks == list(TASKS)
+
+
+def test_a_moefied_encoder_can_be_saved_here_too(tmp_path):
+    found = shaken(moefy(encoder(), TASKS, experts=3, k=2, blocks=[-1], gate_args={"noise_std": 0.5}))
+    moe_mtl.save(found, tmp_path)
+    with torch.no_grad():
+        same(moe_mtl.load(tmp_path)(texts()), found(texts()))
+
+
+def test_dense_and_pruned_models(tmp_path, folder, model):
+    dense = shaken(create_model("text_shared_bottom", tasks=TASKS, encoder=folder))
+    x = {"input_ids": torch.tensor([[2, 7, 8, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+    small = prune(extract(model, "intent"), "intent", [x], experts=1)
+    for name, one in (("dense", dense), ("small", small)):
+        to_transformers(one).save_pretrained(tmp_path / name)
+        auto = transformers.AutoModel if name == "dense" else transformers.AutoModelForSequenceClassification
+        read = auto.from_pretrained(tmp_path / name)
+        assert sum(p.numel() for p in read.parameters()) == sum(p.numel() for p in one.parameters())
+        with torch.no_grad():
+            expected, got = one(x), read(**x)
+        torch.testing.assert_close(got.predictions if name == "dense" else {"intent": got.logits}, expected)
+    assert read.config.kept_experts
+
+
+def test_pipelines_of_one_task(tmp_path, folder, model):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    one = to_transformers(extract(model, "intent"))
+    assert type(one) is MoeMtlForSequenceClassification
+    one.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    classify = transformers.pipeline("text-classification", model=str(tmp_path), device="cpu")
+    (found,) = classify(["play rome"], top_k=None)
+    with torch.no_grad():
+        chances = model(dict(tokenizer("play rome", return_tensors="pt")), tasks=["intent"])["intent"][0].softmax(-1)
+    assert {row["label"]: row["score"] for row in found} == pytest.approx(
+        dict(zip("abc", chances.tolist(), strict=True))
+    )
+
+    tagger = to_transformers(extract(model, "slots"))
+    assert type(tagger) is MoeMtlForTokenClassification
+    tag = transformers.pipeline(
+        "token-classification", model=tagger, tokenizer=tokenizer, device="cpu", ignore_labels=[]
+    )
+    x = tokenizer("weather in oslo", return_tensors="pt")
+    with torch.no_grad():
+        best = model(dict(x), tasks=["slots"])["slots"][0].argmax(dim=0)
+    assert [row["entity"] for row in tag("weather in oslo")] == [TASKS[1].classes[i] for i in best[1:-1].tolist()]
+
+
+def test_losses_are_those_of_the_tasks(model):
+    wrapped, x = MoeMtlModel.of(model), texts()
+    labels = {"intent": torch.tensor([0, 2, -100]), "score": torch.tensor([1.0, float("nan"), 3.0])}
+    with torch.no_grad():
+        out = wrapped(**x, **labels)
+        assert set(out.predictions) == {"intent", "score"}  # what has no label is not run
+        expected = sum(t.compute_loss(out.predictions[t.name], labels[t.name]) for t in TASKS if t.name in labels)
+        torch.testing.assert_close(out.loss, expected)
+        for task, label in [
+            (TASKS[0], labels["intent"]),
+            (TASKS[2], labels["score"]),
+            (TASKS[3], torch.tensor([1, 0, 1])),
+            (TASKS[4], torch.tensor([[1.0, 0], [0, 1], [1, 1]])),
+        ]:
+            one = to_transformers(extract(model, task.name))
+            got = one(**x, labels=label)
+            reference = task.compute_loss(
+                model(x, tasks=[task.name])[task.name],
+                label.to(torch.float32 if label.ndim > 1 or task.kind != "classification" else label.dtype),
+            )
+            torch.testing.assert_close(got.loss, reference)
+            assert got.logits.ndim == 2
+
+
+def test_trainer_of_transformers_trains_all_tasks(tmp_path, folder):
+    data = Snips(root=str(write_snips(tmp_path / "snips")), tokenizer=folder)
+    wrapped = to_transformers(create_model("text_moe", tasks=data.task_list(), encoder=folder, experts=2, every=1))
+    before = copy.deepcopy(wrapped.state_dict())
+
+    def flat(batch):
+        return {**batch["text"], **{task.name: batch[task.name] for task in data.task_list()}}
+
+    how = {"use_cpu": True, "report_to": [], "remove_unused_columns": False, "disable_tqdm": True, "max_steps": 6}
+    how |= {"learning_rate": 1e-2, "per_device_train_batch_size": 8, "save_steps": 6, "logging_steps": 1}
+    how |= {"label_names": [task.name for task in data.task_list()], "seed": 1}
+    args = transformers.TrainingArguments(output_dir=str(tmp_path / "out"), **how)
+    trainer = transformers.Trainer(
+        wrapped, args, train_dataset=data.split("train"), eval_dataset=data.split("val"), data_collator=flat
+    )
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert trainer.evaluate()["eval_loss"] < losses[0]
+    changed = [name for name, value in wrapped.state_dict().items() if not torch.equal(value, before[name])]
+    assert any(".gate." in name for name in changed) and any(".experts." in name for name in changed)
+    read = transformers.AutoModel.from_pretrained(tmp_path / "out" / "checkpoint-6")
+    with torch.no_grad():
+        same(read(**texts()).predictions, wrapped.eval()(**texts()).predictions)
+
+
+def test_accelerate_prepares_it(model):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    wrapped = MoeMtlModel.of(copy.deepcopy(model)).train()
+    prepared, optimizer = accelerator.prepare(wrapped, torch.optim.SGD(wrapped.parameters(), 0.1))
+    loss = prepared(**texts(), intent=torch.tensor([0, 1, 2])).loss
+    accelerator.backward(loss)
+    optimizer.step()
+    assert prepared(**texts(), intent=torch.tensor([0, 1, 2])).loss < loss
+
+
+def test_pushing_sends_the_files_of_saving(model, monkeypatch):
+    sent = {}
+
+    def commit(self, repo_id, operations, **how):
+        sent[repo_id] = sorted(operation.path_in_repo for operation in operations)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", commit, raising=True)
+    monkeypatch.setattr(hf_model.PreTrainedModel, "_upload_modified_files", record(sent), raising=True)
+    monkeypatch.setattr("transformers.utils.hub.create_repo", lambda name, **how: type("Url", (), {"repo_id": name}))
+    MoeMtlModel.of(model).push_to_hub("someone/model")
+    assert {"config.json", "model.safetensors"} <= set(sent["someone/model"])
+
+
+def record(sent):
+    import os
+
+    def upload(self, working_dir, repo_id, files_timestamps, **how):
+        sent[repo_id] = os.listdir(working_dir)
+
+    return upload
+
+
+def test_mistakes(model):
+    with pytest.raises(ValueError, match="model: got Linear, expected a text model"):
+        to_transformers(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="is of one task, got intent, slots, score, spam, topics; extract one"):
+        MoeMtlForSequenceClassification.of(model)
+    with pytest.raises(ValueError, match="config: names no encoder or no tasks"):
+        MoeMtlModel(MoeMtlConfig())
+    with pytest.raises(ValueError, match="did you mean 'intent'"):
+        MoeMtlModel.of(model)(**texts(), tasks=["intents"])
