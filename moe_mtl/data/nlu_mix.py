@@ -21,7 +21,7 @@ class NLUMix(TextData):
         sources: which of snips, banking77, nlupp and ud_english_ewt.
     """
 
-    max_length: int = 256
+    max_length: int = 512
     sources: list[str] = field(default_factory=lambda: list(READERS))
 
     def read(self) -> dict[str, Texts]:
