@@ -10,6 +10,11 @@ from moe_mtl.diagnostics import ExpertUsage
 from moe_mtl.multitask import MultiTaskModel, SingleTaskSet, evaluating, move
 from moe_mtl.tasks import nearest
 
+DICTS = {
+    "table": "rows as a dict of tensors [b, ...], see moe_mtl.columns",
+    "text": "texts as a tokenizer's output, a dict of tensors [b, n]",
+}
+
 
 @dataclass(frozen=True)
 class LayerExtraction:
@@ -75,9 +80,9 @@ def extract(
     Args:
         model: a multi-task model, or a set of single-task models.
         tasks: one task name or several, in the order the new model shall have.
-        calibration: images like those the model will meet: an iterable of batches [b, c, h, w] or single images
-            [c, h, w], or of dicts that hold one under "image", such as a `DataLoader` or a list of samples. Read once,
-            in eval mode without gradients.
+        calibration: inputs like those the model will meet: an iterable of batches of images [b, c, h, w] or single
+            images [c, h, w], of tables or of tokenized texts, or of dicts that hold one under the name of the model's
+            input, such as a `DataLoader` or a list of samples. Read once, in eval mode without gradients.
         mass: largest share of the gate's weights that may go in addition, 0 to below 1: in each layer the least used
             experts are dropped while no task loses more than this share of its weights on the calibration images.
             Shares are those of the model before anything was dropped. A gate that chooses k keeps at least k.
@@ -180,14 +185,14 @@ def _least_used(shares: Tensor, held: Sequence[int], least: int, limit: float) -
 
 
 def _input(item: Any, position: int, name: str) -> Any:
-    """What a model that takes a batch's entry `name` is called with: images [b, c, h, w], or rows of a table."""
-    if name != "table":
+    """What a model that takes a batch's entry `name` is called with: images [b, c, h, w], rows of a table, or texts."""
+    if name not in DICTS:
         return _images(item, position)
-    rows = item.get("table", item) if isinstance(item, Mapping) else item
+    rows = item.get(name, item) if isinstance(item, Mapping) else item
     if not isinstance(rows, Mapping) or not all(isinstance(t, Tensor) and t.ndim == 2 for t in rows.values()):
         raise ValueError(
-            f"calibration: item {position} is a {type(item).__name__}; expected rows as a dict of tensors [b, ...], "
-            "see moe_mtl.columns, or a dict that holds them under 'table'"
+            f"calibration: item {position} is a {type(item).__name__}; expected {DICTS[name]}, or a dict that holds "
+            f"them under {name!r}"
         )
     return rows
 

@@ -52,7 +52,8 @@ def moefy_encoder(
 ) -> "TextModel":
     """`moe_mtl.backbones.moefy` of an encoder of transformers, which becomes part of the result.
 
-    Every task gets a fresh head, on the mean of the tokens or, for tagging, on each of them. Padding, which the
+    Every task gets a fresh head, on the mean of the tokens or, for tagging, on each of them; the encoder's own pooler is
+    left out. Padding, which the
     attention mask marks, is never routed and never counted. From the first task-dependent layer on, hidden states and
     masks are repeated per task. Without `make` the encoder stays dense, shared by all tasks.
 
@@ -64,6 +65,8 @@ def moefy_encoder(
         if task.kind not in TEXT_KINDS:
             raise ValueError(f"tasks: {task.name!r} is of kind {task.kind}; for texts: {', '.join(TEXT_KINDS)}")
     context, layers = TaskContext(), find_layers(backbone)
+    if isinstance(getattr(backbone, "pooler", None), nn.Module):
+        backbone.pooler = None  # no head reads it: it would never get a gradient
     stacked = False
     for i in () if make is None else chosen_blocks(len(layers), every, blocks):
         found = find_feed_forward(layers[i])
@@ -85,7 +88,7 @@ def moefy_encoder(
 
 
 def read_encoder(encoder: str | Mapping[str, Any]) -> Encoder:
-    """An encoder of transformers, without what pools its tokens.
+    """An encoder of transformers.
 
     Args:
         encoder: a folder or a name on the hub, with its weights; or its configuration as plain data, with fresh ones.
@@ -101,10 +104,7 @@ def read_encoder(encoder: str | Mapping[str, Any]) -> Encoder:
     else:
         config = AutoConfig.for_model(**{"model_type": "", **encoder})
     auto = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
-    model: Any = auto.from_pretrained(encoder) if isinstance(encoder, str) else auto.from_config(config)
-    if isinstance(getattr(model, "pooler", None), nn.Module):
-        model.pooler = None  # it would never get a gradient
-    return model
+    return auto.from_pretrained(encoder) if isinstance(encoder, str) else auto.from_config(config)
 
 
 def describe_encoder(encoder: Encoder) -> dict[str, Any]:

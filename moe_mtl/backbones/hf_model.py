@@ -118,6 +118,8 @@ class MoeMtlPreTrainedModel(PreTrainedModel):
         for module in self.model.modules():  # `from_pretrained` empties buffers that files do not hold, and fills those
             vars(module).pop("_is_hf_initialized", None)  # of modules without this mark
         self.post_init()
+        # its own look goes no deeper than children that are models of transformers
+        self.all_tied_weights_keys |= self.get_expanded_tied_weights_keys(all_submodels=True)
 
     def _init_weights(self, module: Any) -> None:
         """Nothing: what is not the encoder's, which has a method of its own, was initialised by its constructor."""
