@@ -26,7 +26,7 @@ class TrainerConfig:
         high_resource: names of these sources; the largest when empty.
         lr: peak learning rate of AdamW.
         lr_scales: factors on it for the parameters whose name matches a wildcard, such as {"backbone.*": 0.1}; of
-            several that match the last counts.
+            several that match the last counts. 0 freezes them.
         lr_final: learning rate at the end, as a fraction of the peak.
         warmup: updates over which the learning rate rises linearly.
         weight_decay: decoupled decay of weight matrices; biases, norms, embeddings and balancers get none.

@@ -69,9 +69,12 @@ def test_round_trip_of_every_encoder(kind, tmp_path):
     assert type(read) is MoeMtlModel and not any(
         info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
     )
-    with torch.no_grad():
-        same(read(**x).predictions, found(x))
-        same(read(**x, tasks=["score"]).predictions, found(x, tasks=["score"]))
+    same(read.model.state_dict(), found.state_dict())
+    with torch.no_grad():  # where a weight lies in memory decides in which order a product is summed
+        torch.testing.assert_close(read(**x).predictions, found(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            read(**x, tasks=["score"]).predictions, found(x, tasks=["score"]), atol=1e-5, rtol=1e-5
+        )
     assert transformers.AutoConfig.from_pretrained(tmp_path).tasks == list(TASKS)
 
 

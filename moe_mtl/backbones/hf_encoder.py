@@ -52,10 +52,10 @@ def moefy_encoder(
 ) -> "TextModel":
     """`moe_mtl.backbones.moefy` of an encoder of transformers, which becomes part of the result.
 
-    Every task gets a fresh head, on the mean of the tokens or, for tagging, on each of them; the encoder's own pooler is
-    left out. Padding, which the
-    attention mask marks, is never routed and never counted. From the first task-dependent layer on, hidden states and
-    masks are repeated per task. Without `make` the encoder stays dense, shared by all tasks.
+    Every task gets a fresh head, on the mean of the tokens or, for tagging, on each of them; the encoder's own pooler
+    is left out. Padding, which the attention mask marks, is never routed and never counted. From the first
+    task-dependent layer on, hidden states and masks are repeated per task. Without `make` the encoder stays dense,
+    shared by all tasks.
 
     Raises:
         ValueError: a structure this adapter does not know, a kind of task that is not one of a whole text, or layer
@@ -87,15 +87,16 @@ def moefy_encoder(
     return model
 
 
-def read_encoder(encoder: str | Mapping[str, Any]) -> Encoder:
+def read_encoder(encoder: str | Mapping[str, Any], attention: str | None = None) -> Encoder:
     """An encoder of transformers.
 
     Args:
         encoder: a folder or a name on the hub, with its weights; or its configuration as plain data, with fresh ones.
+        attention: how attention is computed, "eager", "sdpa" or another name transformers knows; None for its choice.
 
     Raises:
         OSError: there is no such folder or name.
-        ValueError: the configuration is of no type transformers knows.
+        ValueError: the configuration is of no type transformers knows, or the encoder has no such attention.
     """
     from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding
 
@@ -104,7 +105,8 @@ def read_encoder(encoder: str | Mapping[str, Any]) -> Encoder:
     else:
         config = AutoConfig.for_model(**{"model_type": "", **encoder})
     auto = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
-    return auto.from_pretrained(encoder) if isinstance(encoder, str) else auto.from_config(config)
+    how = {} if attention is None else {"attn_implementation": attention}
+    return auto.from_pretrained(encoder, **how) if isinstance(encoder, str) else auto.from_config(config, **how)
 
 
 def describe_encoder(encoder: Encoder) -> dict[str, Any]:

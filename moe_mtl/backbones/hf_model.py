@@ -134,6 +134,7 @@ class MoeMtlPreTrainedModel(PreTrainedModel):
         if not isinstance(model, TextModel):
             raise ValueError(f"model: got {type(model).__name__}, expected a text model of moefy or create_model")
         found = dict(model.config["args"])
+        found.pop("attention", None)  # not what the model is, but how this machine computes it
         layers = model.moe_layers.items()
         kept = {name: moe.kept_experts for name, moe in layers if len(moe.kept_experts) < moe.gate.num_experts}
         config = MoeMtlConfig(
