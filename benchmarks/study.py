@@ -1,8 +1,8 @@
-"""Studies of table models: runs that can be stopped and go on, one JSON per run in benchmarks/tables/<study>/.
+"""Studies: runs that can be stopped and go on, one JSON per run in benchmarks/tables/<study>/ or another folder.
 
 A run is a recipe and a seed under a name. It is done when its JSON is there and was made by the recipe as it stands.
-Predictions on the test rows lie in runs/tables/, for comparisons that need every row; what is chosen is chosen on the
-validation rows, and test rows are scored only where a run asks for it.
+Of tables the predictions on the test rows lie in runs/tables/, for comparisons that need every row; what is chosen is
+chosen on validation samples, and test samples are scored only where a run asks for it.
 """
 
 import json
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
+from moe_mtl.batches import in_order
 from moe_mtl.hub import replace_file
 from moe_mtl.recipes import Recipe
 from moe_mtl.registry import create_model
@@ -27,7 +28,9 @@ from moe_mtl.trainer_config import TrainerConfig
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, RUNS = ROOT / "benchmarks" / "tables", ROOT / "runs" / "tables"
 UNCOUNTED = ("out", "progress", "overwrite", "resume", "keep", "save_every", "log_every", "eval_every")
+PLACES = ("root", "tokenizer")  # of data: folders of one machine
 BATCH = 4096
+TEXTS = 64  # per batch, padded to the longest of them
 # of options that a run older than they are does not mention
 DEFAULTS = {
     key: value for key, value in asdict(TrainerConfig(out="", steps=1)).items() if key not in (*UNCOUNTED, "seed")
@@ -43,8 +46,11 @@ def run(
     seed: int,
     *,
     test: bool = False,
+    build: Callable[[Any], Any] | None = None,
     prepare: Callable[[Any, Any], None] | None = None,
     watch: Callable[[Any, Any], Mapping[str, Any]] | None = None,
+    keep: bool = False,
+    results: Path | None = None,
 ) -> dict[str, Any]:
     """Trains a recipe with a seed and scores it, unless that was done; returns what the JSON holds.
 
@@ -53,29 +59,37 @@ def run(
         name: of the run in it, without the seed.
         recipe: what to train; its `out` is not used.
         seed: of the run.
-        test: score the test rows too and keep the predictions for them.
+        test: score the test samples too and, of tables, keep the predictions for them.
+        build: data to the model to train, instead of the recipe's fresh one, whose options must say all there is to it.
         prepare: (fresh model, data), in place, before training.
         watch: (trained model, data) to further entries of the JSON.
+        keep: keep the folder of the run, which holds the trained model.
+        results: folder of the studies; benchmarks/tables when None.
 
     Returns:
         study, name, seed, recipe, parameters, seconds, "val" and, where asked for, "test": {task: {metric: value}}.
     """
-    path, folder = RESULTS / study / f"{name}.s{seed}.json", RUNS / study / f"{name}.s{seed}"
+    results = RESULTS if results is None else results
+    path, folder = results / study / f"{name}.s{seed}.json", RUNS.with_name(results.name) / study / f"{name}.s{seed}"
     how = asdict(recipe)
-    how["data"].pop("root", None)
+    for place in PLACES:
+        how["data"].pop(place, None)
     how["trainer"] = {key: value for key, value in how["trainer"].items() if key not in (*UNCOUNTED, "seed")}
     how = json.loads(json.dumps(how))
     if path.exists():
         found = json.loads(path.read_text())
-        if {**found["recipe"], "trainer": {**DEFAULTS, **found["recipe"]["trainer"]}} == how and (
-            not test or ("test" in found and predictions_file(study, name, seed).exists())
-        ):
+        same = {**found["recipe"], "trainer": {**DEFAULTS, **found["recipe"]["trainer"]}} == how
+        rows = results != RESULTS or predictions_file(study, name, seed).exists()
+        if same and (not test or ("test" in found and rows)) and (not keep or folder.exists()):
             return found
     data = _DATA.setdefault(repr(recipe.data), recipe.data)
     config = replace(recipe.trainer, out=str(folder), seed=seed, overwrite=True, progress=False, save_every=10**9)
     set_seed(seed)
     from_data = data.model_args() if hasattr(data, "model_args") else {}
-    model = create_model(recipe.model.name, tasks=data.task_list(), **{**from_data, **recipe.model.args})
+    if build is None:
+        model = create_model(recipe.model.name, tasks=data.task_list(), **{**from_data, **recipe.model.args})
+    else:
+        model = build(data)
     if prepare is not None:
         prepare(model, data)
     trainer = Trainer(model, data, config)
@@ -86,19 +100,22 @@ def run(
         "seed": seed,
         "recipe": how,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": trainer.seconds,
         "val": score(model, data.split("val"))[0],
     }
     if test:
         found["test"], predictions = score(model, data.split("test"))
-        file = predictions_file(study, name, seed)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(file, **predictions)
+        if predictions:
+            file = predictions_file(study, name, seed)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(file, **predictions)
     if watch is not None:
         found |= watch(model, data)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda temporary: temporary.write_text(json.dumps(found, indent=1) + "\n"))
-    shutil.rmtree(folder)
+    if not keep:
+        shutil.rmtree(folder)
     return found
 
 
@@ -109,22 +126,25 @@ def predictions_file(study: str, name: str, seed: int) -> Path:
 
 @torch.no_grad()
 def score(model: Any, dataset: Any) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
-    """{task: {metric: value}} on a data set, and the predictions of every task for all of its rows."""
+    """{task: {metric: value}} on a data set, and of tables the predictions of every task for all of the rows."""
     tasks: tuple[Task, ...] = model.tasks
-    metrics, predictions = TaskMetrics(tasks), {task.name: [] for task in tasks}
+    texts = hasattr(dataset, "lengths")
+    metrics, predictions = TaskMetrics(tasks), {} if texts else {task.name: [] for task in tasks}
     model.eval()
-    for start in range(0, len(dataset), BATCH):
-        batch = dataset.__getitems__(range(start, min(start + BATCH, len(dataset))))
-        found = model(batch[model.input])
+    for rows in in_order(dataset, TEXTS if texts else BATCH):
+        batch = dataset.__getitems__(rows)
+        labelled = [task.name for task in tasks if task.name in batch]
+        found = model(batch[model.input], tasks=labelled if texts else None)
         metrics.update(found, batch)
-        for task, values in found.items():
-            predictions[task].append(values.numpy())
+        for task in predictions:
+            predictions[task].append(found[task].numpy())
     return metrics.compute(), {task: np.concatenate(parts) for task, parts in predictions.items()}
 
 
-def read(study: str, name: str | None = None) -> list[dict[str, Any]]:
+def read(study: str, name: str | None = None, results: Path | None = None) -> list[dict[str, Any]]:
     """All runs of a study, or of one name in it, in the order of their seeds."""
-    found = [json.loads(path.read_text()) for path in sorted((RESULTS / study).glob("*.s[0-9]*.json"))]
+    folder = (RESULTS if results is None else results) / study
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.s[0-9]*.json"))]
     return sorted((r for r in found if name in (None, r["name"])), key=lambda r: (r["name"], r["seed"]))
 
 

@@ -399,10 +399,10 @@ NLU = NLUMix(tasks=["snips_intent", "snips_slots", "banking77", "nlupp_intents",
 
 
 def _texts(name: str, model: str, data: Any, **args: Any) -> Recipe:
-    """A model on texts, fine-tuned from a pretrained encoder of MiniLM's size."""
+    """A model on texts, fine-tuned from a pretrained encoder of MiniLM's size, whose word embeddings stay."""
     routed = model == "text_moe"
     return Recipe(
-        model=ModelConfig(name=model, args=args),
+        model=ModelConfig(name=model, args={"attention": "eager", **args}),
         data=data,
         trainer=TrainerConfig(
             out=f"runs/{name}",
@@ -411,7 +411,8 @@ def _texts(name: str, model: str, data: Any, **args: Any) -> Recipe:
             batches="homogeneous",
             temperature=2.0,
             lr=1e-3,
-            lr_scales={"*backbone.*": 0.15} | ({"*.gate.*": 1.0} if routed else {}),
+            lr_scales={"*backbone.*": 0.15} | ({"*.gate.*": 1.0} if routed else {}) | {"*word_embeddings*": 0.0},
+            precision="bf16",
             warmup=200,
             weight_decay=0.01,
             regularizers={"switch_balance": 0.01} if routed else {},
@@ -444,4 +445,6 @@ def text_single_task_nlu() -> Recipe:
 @register
 def text_moe_files() -> Recipe:
     """Task-gated encoder on texts of your own; needs --data.root, --data.text, --data.labels, --data.tokenizer."""
-    return _texts("text_moe_files", "text_moe", TextFiles())
+    recipe = _texts("text_moe_files", "text_moe", TextFiles())
+    scales = {"*backbone.*": 0.15, "*.gate.*": 1.0}  # of whatever encoder: it may call its embeddings something else
+    return replace(recipe, trainer=replace(recipe.trainer, lr_scales=scales))

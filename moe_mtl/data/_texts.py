@@ -47,7 +47,8 @@ class TextData:
         max_length: tokens per text at most.
         truncate: cut longer texts; their words beyond the cut carry no label. False refuses them.
         tasks: names of the tasks to use; all when empty.
-        limit: use only the first samples of the training split; all when None.
+        limit: use only so many training samples of each source, drawn at random, the same ones every time and among
+            those of any larger limit; all when None.
     """
 
     root: str | None = None
@@ -75,10 +76,14 @@ class TextData:
             raise ValueError(f"split: got {name!r}, expected {', '.join(SPLITS)}")
         found = self._found()
         samples = {source: texts.splits.get(name, []) for source, texts in found.items()}
-        if name == "train" and self.limit is not None:
-            samples = {source: rows[: self.limit] for source, rows in samples.items()}
+        if name == "train":
+            samples = {source: _draw(rows, self.limit_of(source)) for source, rows in samples.items()}
         tokenizer = load_tokenizer(self.tokenizer)
         return TextSplit(samples, self.task_list(), tokenizer, max_length=self.max_length, truncate=self.truncate)
+
+    def limit_of(self, source: str) -> int | None:
+        """How many training samples of a source are used at most; None for all."""
+        return self.limit
 
     def model_args(self) -> dict[str, Any]:
         """Options a model of texts takes from the data: the encoder that lies beside the tokenizer."""
@@ -103,6 +108,13 @@ class TextData:
 
 
 _CACHE: dict[str, dict[str, Texts]] = {}  # what the newest data set read: its tasks and splits are asked for in turn
+
+
+def _draw(rows: list[dict[str, Any]], count: int | None) -> list[dict[str, Any]]:
+    if count is None or count >= len(rows):
+        return rows
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))  # files may be sorted by label
+    return [rows[i] for i in order[:count].tolist()]
 
 
 def _only(texts: Texts, names: Sequence[str]) -> Texts:

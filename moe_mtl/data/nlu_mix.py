@@ -19,10 +19,12 @@ class NLUMix(TextData):
 
     Attributes:
         sources: which of snips, banking77, nlupp and ud_english_ewt.
+        limits: the same as `limit` for single sources, by name.
     """
 
     max_length: int = 512
     sources: list[str] = field(default_factory=lambda: list(READERS))
+    limits: dict[str, int] = field(default_factory=dict)
 
     def read(self) -> dict[str, Texts]:
         """The folders in `root`.
@@ -32,7 +34,11 @@ class NLUMix(TextData):
             ValueError: an unknown source, or a file that is not what it should be.
         """
         assert self.root is not None
-        for name in self.sources:
+        for name in (*self.sources, *self.limits):
             if name not in READERS:
                 raise ValueError(f"sources: unknown {name!r}; {nearest(name, READERS)}")
         return {name: READERS[name](Path(self.root) / name) for name in self.sources}
+
+    def limit_of(self, source: str) -> int | None:
+        """How many training samples of a source are used at most; None for all."""
+        return self.limits.get(source, self.limit)

