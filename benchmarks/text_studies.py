@@ -25,7 +25,6 @@ import study
 import torch
 
 from moe_mtl.batches import in_order, shares
-from moe_mtl.data import NLUMix
 from moe_mtl.diagnostics import BRIEF, ExpertUsage, diagnose
 from moe_mtl.memory import keep_freed_memory
 from moe_mtl.recipes import ModelConfig, Recipe, get_recipe

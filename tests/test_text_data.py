@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pandas
@@ -106,6 +107,20 @@ def test_the_mix_keeps_sources_apart(tmp_path, encoder):
     assert train.labelled("banking77") == list(train.sources["banking77"])
     assert data.model_args() == {"encoder": encoder}
     assert len(data.split("test")) == 6 + 4 + 2  # a limit is of training alone
+    fewer = replace(data, limit=None, limits={"banking77": 3}).split("train")
+    assert {name: len(rows) for name, rows in fewer.sources.items()} == {
+        "snips": 24, "banking77": 3, "ud_english_ewt": 2}  # fmt: skip
+
+
+def test_a_limit_draws_at_random_and_a_larger_one_adds_to_it(tmp_path, encoder):
+    data = Banking77(root=str(write_banking77(tmp_path / "b")), tokenizer=encoder)
+
+    def labels(limit):
+        return [int(row["banking77"]) for row in replace(data, limit=limit).split("train")]
+
+    every, drawn = labels(None), [labels(n) for n in (4, 9, 9)]
+    assert drawn[1][:4] == drawn[0] and drawn[1] == drawn[2]
+    assert drawn[1] != every[:9] and len(drawn[1]) == 9
 
 
 # ---- files of one's own

@@ -1,0 +1,186 @@
+"""docs/texts.md out of what the studies left in benchmarks/texts/ and text_speed.json; no number is typed.
+
+python benchmarks/texts_doc.py
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout will do
+
+import numpy as np
+import study
+from tables_doc import spread, table
+from text_studies import RESULTS
+
+from moe_mtl.hub import replace_file
+
+DOCUMENT = study.ROOT / "docs" / "texts.md"
+HEAD = """# Task-routed encoders of texts, measured
+
+Written by `python benchmarks/texts_doc.py` from the files in `benchmarks/texts/`; the commands that make those stand
+with each table, FOLDER being one with the data sets. The encoder is MiniLM of six layers (`make minilm`), trained in
+bfloat16 with its word embeddings frozen and scored in float32. Scores are percentages of the test texts; settings were
+chosen on validation texts, and the test texts of a run scored once. Where several seeds were run, means and standard
+deviations.
+"""
+TASKS = {
+    "snips_intent": "SNIPS intent",
+    "snips_slots": "SNIPS slots, F1",
+    "banking77": "BANKING77",
+    "nlupp_intents": "NLU++ intents, F1",
+    "nlupp_slots": "NLU++ slots, F1",
+    "upos": "EWT parts of speech",
+}
+Run = Mapping[str, Any]
+
+
+def by_name(name: str) -> dict[str, list[dict[str, Any]]]:
+    """The runs of a study by name, in the order they first come in the folder."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in study.read(name, results=RESULTS):
+        found.setdefault(run["name"], []).append(run)
+    return found
+
+
+def headline(run: Run, task: str, split: str = "test") -> float:
+    """The first metric of a task, in percent; NaN where the run has none."""
+    scores = run.get(split, {}).get(task)
+    return float("nan") if scores is None else 100 * next(iter(scores.values()))
+
+
+def scores(runs: Sequence[Run], tasks: Sequence[str], split: str = "test") -> list[str]:
+    """Cells of a table, one per task."""
+    return [spread([headline(run, task, split) for run in runs], 2) for task in tasks]
+
+
+def together(parts: Sequence[Run]) -> dict[str, Any]:
+    """Single-task runs of one seed as one: all their scores, the sum of their sizes and times."""
+    merged = {split: {task: s for part in parts for task, s in part[split].items()} for split in ("val", "test")}
+    return {**merged, **{key: sum(part[key] for part in parts) for key in ("parameters", "seconds")}}
+
+
+def exact(runs: Sequence[Run]) -> str:
+    """Requests of SNIPS that are right in intent and every slot."""
+    return spread([100 * run.get("exact_match", {}).get("test", float("nan")) for run in runs], 2)
+
+
+def heading(title: str, text: str, command: str) -> list[str]:
+    """A title, what was done, how to do it again."""
+    return [f"## {title}", "", text, f"`python benchmarks/text_studies.py {command} --root=FOLDER`.", ""]
+
+
+def joint() -> str:
+    """One model for six tasks of four data sets against its controls."""
+    found = by_name("joint")
+    alone: dict[int, list[dict[str, Any]]] = {}
+    for name in [name for name in found if name.startswith("single_task.")]:
+        for run in found.pop(name):
+            alone.setdefault(run["seed"], []).append(run)
+    models = {**found, "single_task": [together(parts) | {"seed": seed} for seed, parts in sorted(alone.items())]}
+    tasks = [task for task in TASKS if task in next(iter(found.values()))[0]["test"]]
+    labels = {"text_moe": "routed", "text_shared_bottom": "shared bottom", "single_task": "single-task models"}
+    rows = []
+    for name, runs in models.items():
+        size = f"{runs[0]['parameters'] / 1e6:.1f}"
+        gains = [
+            gain(run, next(base for base in models["single_task"] if base["seed"] == run["seed"]), tasks)
+            for run in runs
+            if name != "single_task" and run["seed"] in alone
+        ]
+        mean, worst = zip(*gains, strict=True) if gains else ((float("nan"),), (float("nan"),))
+        rows.append([labels.get(name, name), size, f"{runs[0]['seconds'] / 60:.0f}", *scores(runs, tasks), exact(runs),
+                     spread(mean, 2), spread(worst, 2)])  # fmt: skip
+    head = ["", "M parameters", "minutes of training", *(TASKS[task] for task in tasks), "SNIPS exact match",
+            "mean gain over single-task, %", "smallest difference to single-task, points"]  # fmt: skip
+    text = (
+        "Six tasks of four data sets, no text with labels of two of them. The joint models draw a source per update, "
+        "in proportion to the square root of its size; a single-task model gets as many updates as its source was "
+        "drawn. Seeds: " + ", ".join(str(run["seed"]) for run in next(iter(found.values()))) + "."
+    )
+    return "\n".join([*heading("Six tasks in one encoder", text, "joint"), turned(head, rows), *layers(models)])
+
+
+def gain(run: Run, base: Run, tasks: Sequence[str]) -> tuple[float, float]:
+    """Mean relative gain over a baseline in percent, and the smallest difference of a task in points.
+
+    Every headline here is better when larger.
+    """
+    pairs = [(headline(run, task), headline(base, task)) for task in tasks]
+    return float(np.mean([100 * (new / old - 1) for new, old in pairs])), min(new - old for new, old in pairs)
+
+
+def turned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with a model per column."""
+    first, *columns = zip(head, *rows, strict=True)
+    return table(first, [list(line) for line in columns])
+
+
+def layers(models: Mapping[str, Sequence[Run]]) -> list[str]:
+    """How much the experts of each layer tell of the task, of the routed models."""
+    rows = []
+    for name, runs in models.items():
+        for layer in runs[0].get("routing", {}):
+            values = [[run["routing"][layer][key] for run in runs] for key in ("mutual_information", "load_entropy")]
+            rows.append([name, layer, *(spread(v, 3) for v in values)])
+    head = ["model", "layer", "I(task; expert), nats", "entropy of the load, share of its maximum"]
+    return ["Routing on validation texts:\n", table(head, rows)] if rows else []
+
+
+def plain(name: str, title: str, text: str, tasks: Sequence[str], *, validation: bool = False) -> str:
+    """A study as a table with a row per run: sizes, time, scores of these tasks."""
+    found = by_name(name)
+    rows = []
+    for label, runs in found.items():
+        size, trained = (f"{runs[0][key] / 1e6:.2f}" for key in ("parameters", "trained_parameters"))
+        chosen = scores(runs, tasks, "val") if validation else []
+        rows.append(
+            [label, size, trained, f"{runs[0]['seconds'] / 60:.1f}", *chosen, *scores(runs, tasks), exact(runs)]
+        )
+    splits = ("validation: ", "test: ") if validation else ("",)
+    head = ["", "M parameters", "of these trained", "minutes", *(s + TASKS[task] for s in splits for task in tasks)]
+    shown = table([*head, "SNIPS exact match"], rows)
+    return "\n".join([*heading(title, text, name), shown, *layers(found)])
+
+
+PAIR = ("snips_intent", "snips_slots", "banking77")
+
+
+def routing() -> str:
+    """Ways to route."""
+    text = (
+        "SNIPS and BANKING77, the same training for all: how tokens or tasks find their experts, and what is private "
+        "to a task instead."
+    )
+    return plain("routing", "Ways to route", text, PAIR)
+
+
+def scarce() -> str:
+    """Low-resource transfer."""
+    text = "770 of the 9,002 training questions of BANKING77, about ten per intent, beside all of SNIPS, and alone."
+    return plain("scarce", "Few labels beside many", text, PAIR)
+
+
+def added() -> str:
+    """An unrelated task beside two others."""
+    text = (
+        "Parts of speech of web texts are trained beside SNIPS and BANKING77, which keep as many updates of their own "
+        "as in the study of ways to route; the rows there of the same name are the models without it."
+    )
+    return plain("added", "An unrelated task added", text, (*PAIR, "upos"))
+
+
+STUDIES: tuple[Callable[[], str], ...] = (joint, routing, scarce, added)
+
+
+def main() -> None:
+    parts = [write() for write in STUDIES if (RESULTS / write.__name__).exists()]
+    text = "\n".join([HEAD, *parts])
+    replace_file(DOCUMENT, lambda temporary: temporary.write_text(text))
+    print(f"{DOCUMENT}: {len(parts)} of {len(STUDIES)} sections")
+
+
+if __name__ == "__main__":
+    main()
