@@ -1,4 +1,4 @@
-"""Studies of text models on MiniLM: python benchmarks/text_studies.py STUDY --root=FOLDER [--seeds=0,1,2] [--part=0/2]
+"""Studies of text models on MiniLM: python benchmarks/text_studies.py STUDY --root=FOLDER [--seeds=0,1] [--only=NAME]
 
     joint      SNIPS, BANKING77, NLU++ and parts of speech in one model, against its dense and single-task controls
     routing    ways to route on SNIPS and BANKING77
@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -151,12 +152,14 @@ def main(options: list[str]) -> None:
     parser.add_argument("--root", required=True, help="folder of the data")
     parser.add_argument("--encoder", help="folder of an encoder and its tokenizer")
     parser.add_argument("--seeds", default="0", help="numbers separated by commas")
+    parser.add_argument("--only", default="*", help="names of runs, with wildcards, separated by commas")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th run from the i-th on")
     args = parser.parse_args(options)
     keep_freed_memory()
     place = {"root": args.root, "tokenizer": args.encoder or str(minilm())}
     first, count = (int(number) for number in args.part.split("/"))
     jobs = [job for seed in args.seeds.split(",") for job in STUDIES[args.study](place, int(seed))]
+    jobs = [job for job in jobs if any(fnmatch(job.args[1], pattern) for pattern in args.only.split(","))]
     for job in jobs[first::count]:
         found = job()
         scores = {task: round(next(iter(metrics.values())), 4) for task, metrics in found["val"].items()}

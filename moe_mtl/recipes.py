@@ -33,7 +33,8 @@ class ModelConfig:
         name: one of `moe_mtl.list_models()`.
         args: its options.
         start: a checkpoint of another run on these tasks, `<out>/checkpoints/step_<n>`, whose weights and balancer this
-            one starts from; where this model has experts and that one an MLP, each expert starts as the MLP.
+            one starts from; where this model has experts and that one an MLP, each expert starts as the MLP. A model
+            whose task-level gates are frozen takes that run's routes alone, see `moe_mtl.two_stage`.
     """
 
     name: str
@@ -406,12 +407,12 @@ def _texts(name: str, model: str, data: Any, **args: Any) -> Recipe:
         data=data,
         trainer=TrainerConfig(
             out=f"runs/{name}",
-            steps=6000,
+            steps=4500,
             batch_size=32,
             batches="homogeneous",
-            temperature=2.0,
+            temperature=5.0,
             lr=1e-3,
-            lr_scales={"*backbone.*": 0.15} | ({"*.gate.*": 1.0} if routed else {}) | {"*word_embeddings*": 0.0},
+            lr_scales={"*backbone.*": 0.25} | ({"*.gate.*": 1.0} if routed else {}) | {"*word_embeddings*": 0.0},
             precision="bf16",
             warmup=200,
             weight_decay=0.01,
@@ -446,5 +447,34 @@ def text_single_task_nlu() -> Recipe:
 def text_moe_files() -> Recipe:
     """Task-gated encoder on texts of your own; needs --data.root, --data.text, --data.labels, --data.tokenizer."""
     recipe = _texts("text_moe_files", "text_moe", TextFiles())
-    scales = {"*backbone.*": 0.15, "*.gate.*": 1.0}  # of whatever encoder: it may call its embeddings something else
+    scales = {"*backbone.*": 0.25, "*.gate.*": 1.0}  # of whatever encoder: it may call its embeddings something else
     return replace(recipe, trainer=replace(recipe.trainer, lr_scales=scales))
+
+
+def _task_level(name: str, lr_scales: dict[str, float], gate_args: dict[str, Any], start: str | None = None) -> Recipe:
+    """Experts by task rather than by token: three in every second layer, which no loss balances."""
+    args = {"gate": "task_level", "experts": 3, "k": 1, "gate_args": gate_args}
+    recipe = _texts(name, "text_moe", NLU, **args)
+    scales = {pattern: factor for pattern, factor in recipe.trainer.lr_scales.items() if ".gate." not in pattern}
+    how = {"regularizers": {}, "regularizer_args": {}, "lr_scales": scales | lr_scales}
+    return replace(recipe, model=replace(recipe.model, start=start), trainer=replace(recipe.trainer, **how))
+
+
+@register
+def text_task_level_nlu() -> Recipe:
+    """Stage 1 of task-level experts on the texts of text_moe_nlu: learns which expert serves a task in each layer."""
+    return _task_level("text_task_level_nlu", {"*.gate.*": 1.0, "*.gate.table.*": 10.0}, {})
+
+
+@register
+def text_task_level_stage2_nlu() -> Recipe:
+    """Stage 2: fresh experts along the routes of text_task_level_nlu, a checkpoint of which is --model.start."""
+    start = f"{text_task_level_nlu().trainer.out}/checkpoints/step_00006000"
+    second = {"selection": "softmax", "start": 300.0, "end": 1.0, "frozen": True}
+    return _task_level("text_task_level_stage2_nlu", {}, second, start)
+
+
+@register
+def text_sublayers_nlu() -> Recipe:
+    """A feed-forward sublayer per task in every second layer, on the texts of text_moe_nlu."""
+    return _texts("text_sublayers_nlu", "text_sublayers", NLU)
