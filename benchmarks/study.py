@@ -60,7 +60,7 @@ def run(
         recipe: what to train; its `out` is not used.
         seed: of the run.
         test: score the test samples too and, of tables, keep the predictions for them.
-        build: data to the model to train, instead of the recipe's fresh one, whose options must say all there is to it.
+        build: data to the model to train, instead of the recipe's fresh one; what it makes, the name must tell.
         prepare: (fresh model, data), in place, before training.
         watch: (trained model, data) to further entries of the JSON.
         keep: keep the folder of the run, which holds the trained model.

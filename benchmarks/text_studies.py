@@ -4,6 +4,7 @@
     routing    ways to route on SNIPS and BANKING77
     scarce     BANKING77 with few questions beside all of SNIPS
     added      the same two with an unrelated task beside them
+    arrival    BANKING77 as a new task of a model trained on the other tasks, with five questions per intent
 
 FOLDER holds snips, banking77, nlupp and ud_english_ewt. The encoder is that of `make minilm`, unless --encoder names a
 folder. Settings are chosen on validation texts with seed 0; test texts are scored once per run. A single-task model
@@ -13,7 +14,7 @@ sees the texts of its source as often as the joint model does.
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
 from functools import partial
 from importlib import resources
@@ -24,11 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout 
 
 import study
 import torch
+from accelerate.utils import set_seed
 
 from moe_mtl.batches import in_order, shares
+from moe_mtl.data import NLUMix
 from moe_mtl.diagnostics import BRIEF, ExpertUsage, diagnose
+from moe_mtl.hub import load
 from moe_mtl.memory import keep_freed_memory
+from moe_mtl.new_task import train_only
 from moe_mtl.recipes import ModelConfig, Recipe, get_recipe
+from moe_mtl.similarity import task_similarity
 
 RESULTS = study.ROOT / "benchmarks" / "texts"
 Job = Callable[[], dict[str, Any]]
@@ -143,7 +149,66 @@ def added(place: dict[str, str], seed: int) -> Iterator[Job]:
         yield partial(run, "added", name, replace(made, trainer=replace(made.trainer, steps=longer)), seed)
 
 
-STUDIES = {"joint": joint, "routing": routing_kinds, "scarce": scarce, "added": added}
+NEW = "banking77"
+KNOWN = {"sources": ["snips", "nlupp", "ud_english_ewt"],
+         "tasks": ["snips_intent", "snips_slots", "nlupp_intents", "nlupp_slots", "upos"]}  # fmt: skip
+FEW = {"steps": 400, "warmup": 20, "batches": "shuffled"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival(NLUMix):
+    """The few training questions of the new task, for a model that knows the tasks of all sources."""
+
+    def split(self, name: str) -> Any:
+        """The new task alone."""
+        place = {"root": self.root, "tokenizer": self.tokenizer}
+        return NLUMix(**place, sources=[NEW], tasks=[NEW], limits=self.limits).split(name)
+
+
+def arrival(place: dict[str, str], seed: int) -> Iterator[Job]:
+    """Two models that know the other tasks; then the new one by its head and router, or by everything."""
+    base = {"steps": 1500, "warmup": 150}
+    limits = {NEW: 385}
+    data = Arrival(**place, sources=[*KNOWN["sources"], NEW], tasks=[*KNOWN["tasks"], NEW], limits=limits)
+    for name in ("shared_bottom", "noisy_topk"):
+        made = recipe(ROUTES[name][0], place, KNOWN, ROUTES[name][1], **base)
+        yield partial(run, "arrival", f"{name}.known", made, seed, keep=True)
+        starts = ("fresh",) if name == "shared_bottom" else ("fresh", "nearest", "farthest")
+        for start, trained in [*((start, "own") for start in starts), ("fresh", "all")]:
+            few = replace(made, data=data, trainer=replace(made.trainer, **FEW, regularizers={}, regularizer_args={}))
+            job = f"{name}.{start}.{trained}"
+            yield partial(arrive, name, job, few, seed, start=start, trained=trained)
+    alone = recipe("text_shared_bottom_nlu", place, {"sources": [NEW], "tasks": [NEW], "limits": limits}, {}, **FEW)
+    yield partial(run, "arrival", "single_task", alone, seed)
+
+
+def arrive(base: str, name: str, few: Recipe, seed: int, *, start: str, trained: str) -> dict[str, Any]:
+    """Adds the new task to a trained model and trains what belongs to it, or everything."""
+    folder = study.RUNS.with_name(RESULTS.name) / "arrival" / f"{base}.known.s{seed}"
+    model: Any = load(folder)
+    place = {"root": few.data.root, "tokenizer": few.data.tokenizer}
+    known = NLUMix(**place, **KNOWN)
+    (task,) = NLUMix(**place, sources=[NEW], tasks=[NEW]).task_list()
+    before = study.score(model, known.split("val"))[0]
+    set_seed(seed)
+    near: dict[str, float] = {}
+    if start == "fresh":
+        model.add_task(task)
+    else:
+        everything = NLUMix(**{f.name: getattr(few.data, f.name) for f in fields(NLUMix)})
+        near = task_similarity(model, task, everything.split("train"), by="gradient")
+        model.add_task(task, list(near)[0 if start == "nearest" else -1])
+    if trained == "own":
+        few = replace(few, trainer=replace(few.trainer, lr_scales=train_only(model, task.name)))
+
+    def look(after: Any, data: Any) -> dict[str, Any]:
+        now = study.score(after, known.split("val"))[0]
+        return {"similarity": near, "known_before": before, "known_after": now}
+
+    return study.run("arrival", name, few, seed, test=True, build=lambda data: model, watch=look, results=RESULTS)
+
+
+STUDIES = {"joint": joint, "routing": routing_kinds, "scarce": scarce, "added": added, "arrival": arrival}
 
 
 def main(options: list[str]) -> None:
