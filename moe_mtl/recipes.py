@@ -428,7 +428,7 @@ def _texts(name: str, model: str, data: Any, **args: Any) -> Recipe:
 @register
 def text_moe_nlu() -> Recipe:
     """Task-gated encoder on SNIPS, BANKING77, NLU++ and parts of speech; needs --data.root and --data.tokenizer."""
-    return _texts("text_moe_nlu", "text_moe", NLU)
+    return _texts("text_moe_nlu", "text_moe", NLU, blocks=[3, 5])  # the texts of a source share a pass up to there
 
 
 @register
