@@ -6,6 +6,7 @@ chosen on validation samples, and test samples are scored only where a run asks 
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -138,7 +139,10 @@ def score(model: Any, dataset: Any) -> tuple[dict[str, dict[str, float]], dict[s
         metrics.update(found, batch)
         for task in predictions:
             predictions[task].append(found[task].numpy())
-    return metrics.compute(), {task: np.concatenate(parts) for task, parts in predictions.items()}
+    scores = metrics.compute()
+    if texts:  # tasks of other sources have no label here
+        scores = {task: found for task, found in scores.items() if not all(map(math.isnan, found.values()))}
+    return scores, {task: np.concatenate(parts) for task, parts in predictions.items()}
 
 
 def read(study: str, name: str | None = None, results: Path | None = None) -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@
     scarce     BANKING77 with few questions beside all of SNIPS
     added      the same two with an unrelated task beside them
     arrival    BANKING77 as a new task of a model trained on the other tasks, with five questions per intent
+    adapters   adapters in a frozen encoder on SNIPS and BANKING77
+    adapter_arrival   the new task for frozen encoders with adapters
 
 FOLDER holds snips, banking77, nlupp and ud_english_ewt. The encoder is that of `make minilm`, unless --encoder names a
 folder. Settings are chosen on validation texts with seed 0; test texts are scored once per run. A single-task model
@@ -13,7 +15,7 @@ sees the texts of its source as often as the joint model does.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
 from functools import partial
@@ -27,20 +29,23 @@ import study
 import torch
 from accelerate.utils import set_seed
 
+from moe_mtl.adapters import AdapterModel
 from moe_mtl.batches import in_order, shares
 from moe_mtl.data import NLUMix
 from moe_mtl.diagnostics import BRIEF, ExpertUsage, diagnose
 from moe_mtl.hub import load
 from moe_mtl.memory import keep_freed_memory
+from moe_mtl.models.text_adapters import average_adapters
 from moe_mtl.new_task import train_only
 from moe_mtl.recipes import ModelConfig, Recipe, get_recipe
 from moe_mtl.similarity import task_similarity
+from moe_mtl.two_stage import copy_routes
 
 RESULTS = study.ROOT / "benchmarks" / "texts"
 Job = Callable[[], dict[str, Any]]
 
 PAIR = {"sources": ["snips", "banking77"], "tasks": ["snips_intent", "snips_slots", "banking77"]}
-SHORT = {"steps": 800, "warmup": 80}  # of the studies on SNIPS and BANKING77 alone
+SHORT = {"steps": 600, "warmup": 60}  # of the studies on SNIPS and BANKING77 alone
 
 
 def recipe(name: str, place: dict[str, str], data: dict[str, Any], args: dict[str, Any], **how: Any) -> Recipe:
@@ -110,17 +115,42 @@ def joint(place: dict[str, str], seed: int) -> Iterator[Job]:
             yield partial(run, "joint", f"single_task.{task}", alone, seed)
 
 
+# name -> recipe, options of the model, model where it is not the recipe's
 ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
     "shared_bottom": ("text_shared_bottom_nlu", {}),
     "noisy_topk": ("text_moe_nlu", {}),
+    "task_bias": ("text_moe_nlu", {"gate": "task_bias"}),
+    "task_embedding": ("text_moe_nlu", {"gate": "task_embedding"}),
     "task_blind": ("text_moe_nlu", {"gate": "task_blind"}),
+    "task_level": ("text_moe_nlu", {"gate": "task_level"}),
 }
+SUBLAYERS = ("ffn", "attention")
+DENSE_TRAINER = {"regularizers": {}, "regularizer_args": {}}
 
 
 def routing_kinds(place: dict[str, str], seed: int) -> Iterator[Job]:
-    """Every way to route, the same training."""
+    """Every way to route, the same training; task-level routes in two stages, too."""
     for name, (base, args) in ROUTES.items():
-        yield partial(run, "routing", name, recipe(base, place, PAIR, args, **SHORT), seed)
+        level = DENSE_TRAINER if name == "task_level" else {}
+        made = recipe(base, place, PAIR, args, **SHORT, **level)
+        yield partial(run, "routing", name, made, seed, keep=name == "task_level")
+    second = {
+        **ROUTES["task_level"][1],
+        "gate_args": {"selection": "softmax", "start": 300.0, "end": 1.0, "frozen": True},
+    }
+    scales = get_recipe("text_shared_bottom_nlu").trainer.lr_scales  # without those of gates, which are frozen
+    made = recipe("text_moe_nlu", place, PAIR, second, **SHORT, **DENSE_TRAINER, lr_scales=scales)
+    yield partial(run, "routing", "task_level.second_stage", made, seed, prepare=take_routes)
+    for sublayer in SUBLAYERS:
+        made = recipe("text_shared_bottom_nlu", place, PAIR, {"sublayer": sublayer, "blocks": [3, 5]}, **SHORT)
+        made = replace(made, model=replace(made.model, name="text_sublayers"))
+        yield partial(run, "routing", f"sublayers.{sublayer}", made, seed)
+
+
+def take_routes(model: Any, data: Any) -> None:
+    """The routes of the first stage, whose run comes before."""
+    folder = study.RUNS.with_name(RESULTS.name) / "routing"
+    copy_routes(model, load(next(iter(sorted(folder.glob("task_level.s*"))))).state_dict())
 
 
 SCARCE = {"banking77": 770}  # about ten questions per intent
@@ -153,6 +183,7 @@ NEW = "banking77"
 KNOWN = {"sources": ["snips", "nlupp", "ud_english_ewt"],
          "tasks": ["snips_intent", "snips_slots", "nlupp_intents", "nlupp_slots", "upos"]}  # fmt: skip
 FEW = {"steps": 400, "warmup": 20, "batches": "shuffled"}
+LIMITS = {NEW: 385}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,27 +196,31 @@ class Arrival(NLUMix):
         return NLUMix(**place, sources=[NEW], tasks=[NEW], limits=self.limits).split(name)
 
 
+def arrivals(
+    study_name: str, base: str, made: Recipe, place: dict[str, str], seed: int, ways: Sequence[tuple[str, str]]
+) -> Iterator[Job]:
+    """A model that knows the other tasks, then the new one in several ways: how its router starts, and what trains."""
+    yield partial(run, study_name, f"{base}.known", made, seed, keep=True)
+    data = Arrival(**place, sources=[*KNOWN["sources"], NEW], tasks=[*KNOWN["tasks"], NEW], limits=LIMITS)
+    few = replace(made, data=data, trainer=replace(made.trainer, **FEW, **DENSE_TRAINER))
+    for start, trained in ways:
+        yield partial(arrive, study_name, base, few, seed, start=start, trained=trained)
+
+
 def arrival(place: dict[str, str], seed: int) -> Iterator[Job]:
     """Two models that know the other tasks; then the new one by its head and router, or by everything."""
-    base = {"steps": 1500, "warmup": 150}
-    limits = {NEW: 385}
-    data = Arrival(**place, sources=[*KNOWN["sources"], NEW], tasks=[*KNOWN["tasks"], NEW], limits=limits)
-    for name in ("shared_bottom", "noisy_topk"):
-        made = recipe(ROUTES[name][0], place, KNOWN, ROUTES[name][1], **base)
-        yield partial(run, "arrival", f"{name}.known", made, seed, keep=True)
-        starts = ("fresh",) if name == "shared_bottom" else ("fresh", "nearest", "farthest")
-        for start, trained in [*((start, "own") for start in starts), ("fresh", "all")]:
-            few = replace(made, data=data, trainer=replace(made.trainer, **FEW, regularizers={}, regularizer_args={}))
-            job = f"{name}.{start}.{trained}"
-            yield partial(arrive, name, job, few, seed, start=start, trained=trained)
-    alone = recipe("text_shared_bottom_nlu", place, {"sources": [NEW], "tasks": [NEW], "limits": limits}, {}, **FEW)
+    own = {"shared_bottom": ("fresh",), "noisy_topk": ("fresh", "nearest", "farthest")}
+    for name, starts in own.items():
+        made = recipe(ROUTES[name][0], place, KNOWN, ROUTES[name][1], steps=1500, warmup=150)
+        ways = [*((start, "own") for start in starts), ("fresh", "all")]
+        yield from arrivals("arrival", name, made, place, seed, ways)
+    alone = recipe("text_shared_bottom_nlu", place, {"sources": [NEW], "tasks": [NEW], "limits": LIMITS}, {}, **FEW)
     yield partial(run, "arrival", "single_task", alone, seed)
 
 
-def arrive(base: str, name: str, few: Recipe, seed: int, *, start: str, trained: str) -> dict[str, Any]:
-    """Adds the new task to a trained model and trains what belongs to it, or everything."""
-    folder = study.RUNS.with_name(RESULTS.name) / "arrival" / f"{base}.known.s{seed}"
-    model: Any = load(folder)
+def arrive(study_name: str, base: str, few: Recipe, seed: int, *, start: str, trained: str) -> dict[str, Any]:
+    """Adds the new task to a trained model and trains what is its own, the mean of its adapters, or everything."""
+    model: Any = load(study.RUNS.with_name(RESULTS.name) / study_name / f"{base}.known.s{seed}")
     place = {"root": few.data.root, "tokenizer": few.data.tokenizer}
     known = NLUMix(**place, **KNOWN)
     (task,) = NLUMix(**place, sources=[NEW], tasks=[NEW]).task_list()
@@ -198,17 +233,62 @@ def arrive(base: str, name: str, few: Recipe, seed: int, *, start: str, trained:
         everything = NLUMix(**{f.name: getattr(few.data, f.name) for f in fields(NLUMix)})
         near = task_similarity(model, task, everything.split("train"), by="gradient")
         model.add_task(task, list(near)[0 if start == "nearest" else -1])
-    if trained == "own":
-        few = replace(few, trainer=replace(few.trainer, lr_scales=train_only(model, task.name)))
+    if trained == "average":
+        model = average_adapters(model)
+    elif trained == "own" and isinstance(model, AdapterModel):
+        model.train_own(NEW)
+    elif trained == "own":
+        few = replace(few, trainer=replace(few.trainer, lr_scales=train_only(model, NEW)))
 
     def look(after: Any, data: Any) -> dict[str, Any]:
         now = study.score(after, known.split("val"))[0]
         return {"similarity": near, "known_before": before, "known_after": now}
 
-    return study.run("arrival", name, few, seed, test=True, build=lambda data: model, watch=look, results=RESULTS)
+    name = f"{base}.{start}.{trained}"
+    return study.run(study_name, name, few, seed, test=True, build=lambda data: model, watch=look, results=RESULTS)
 
 
-STUDIES = {"joint": joint, "routing": routing_kinds, "scarce": scarce, "added": added, "arrival": arrival}
+RANK = 16  # of the one LoRA, which then has nearly as many trained parameters as four skills of rank 4
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("text_lora", {"rank": RANK}),
+    "lora_aligned": ("text_lora", {"rank": RANK, "alignment": 0.2}),
+    "poly": ("text_poly", {"rank": 4, "skills": 4}),
+    "mhr": ("text_poly", {"rank": 4, "skills": 4, "heads": 4}),
+    "scalearn_sources": ("text_scalearn", {"rank": 8}),
+    "prompt": ("text_prompt", {}),
+}
+MIXED = {"batches": "mixed", "lr_scales": {}}  # a task per sample, as alignment needs it; encoders are frozen
+
+
+def adapters(place: dict[str, str], seed: int) -> Iterator[Job]:
+    """Adapters in a frozen encoder on SNIPS and BANKING77."""
+    for name, (model, args) in ADAPTERS.items():
+        made = recipe("text_shared_bottom_nlu", place, PAIR, args, **SHORT, **MIXED)
+        yield partial(run, "adapters", name, replace(made, model=replace(made.model, name=model)), seed)
+
+
+def adapter_arrival(place: dict[str, str], seed: int) -> Iterator[Job]:
+    """BANKING77 as a new task of frozen encoders with adapters: routing alone (z-only), the mean of skills, all."""
+    ways = {
+        "mhr": (("fresh", "own"), ("fresh", "average"), ("fresh", "all")),
+        "lora_aligned": (("fresh", "own"), ("fresh", "all")),
+    }
+    for name, tried in ways.items():
+        model, args = ADAPTERS[name]
+        made = recipe("text_shared_bottom_nlu", place, KNOWN, args, steps=1000, warmup=100, **MIXED)
+        made = replace(made, model=replace(made.model, name=model))
+        yield from arrivals("adapter_arrival", name, made, place, seed, tried)
+
+
+STUDIES = {
+    "joint": joint,
+    "routing": routing_kinds,
+    "scarce": scarce,
+    "added": added,
+    "arrival": arrival,
+    "adapters": adapters,
+    "adapter_arrival": adapter_arrival,
+}
 
 
 def main(options: list[str]) -> None:
