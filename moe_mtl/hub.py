@@ -54,7 +54,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dtype | 
     named: Any = model
     folder = Path(folder)
     config = {**named.config, "tasks": [task.to_dict() for task in named.tasks], "moe_mtl": __version__}
-    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    # copies: tied weights, such as T5's embeddings, share memory, which the format refuses
+    weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     if dtype is not None:
         config["dtype"] = HALF[dtype]
         weights = {name: _in_half(name, tensor, dtype) for name, tensor in weights.items()}

@@ -78,8 +78,9 @@ def test_round_trip_of_every_encoder(kind, tmp_path):
     assert transformers.AutoConfig.from_pretrained(tmp_path).tasks == list(TASKS)
 
 
-def test_a_moefied_encoder_can_be_saved_here_too(tmp_path):
-    found = shaken(moefy(encoder(), TASKS, experts=3, k=2, blocks=[-1], gate_args={"noise_std": 0.5}))
+@pytest.mark.parametrize("kind", ["bert", "t5_gated"])
+def test_a_moefied_encoder_can_be_saved_here_too(kind, tmp_path):
+    found = shaken(moefy(encoder(kind), TASKS, experts=3, k=2, blocks=[-1], gate_args={"noise_std": 0.5}))
     moe_mtl.save(found, tmp_path)
     with torch.no_grad():
         same(moe_mtl.load(tmp_path)(texts()), found(texts()))

@@ -24,7 +24,7 @@ from moe_mtl.tasks import Task, nearest
 from moe_mtl.trainer_config import TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-ENCODER = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+ENCODER = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2}
 ENCODER |= {"vocab_size": 50, "intermediate_size": 32}
 SMALL = ["--model.args.dim=16", "--model.args.depth=2", "--model.args.num_heads=2", "--model.args.experts=4"]
 SMALL += ["--model.args.k=2", "--data.num_train=40", "--data.num_val=8", "--data.size=16", "--trainer.batch_size=4"]
