@@ -260,11 +260,15 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 MIXED = {"batches": "mixed", "lr_scales": {}}  # a task per sample, as alignment needs it; encoders are frozen
 
 
+RATES = {"": 1e-3, ".fast": 3e-3}  # what adapters add is scaled differently, so each method gets two rates
+
+
 def adapters(place: dict[str, str], seed: int) -> Iterator[Job]:
     """Adapters in a frozen encoder on SNIPS and BANKING77."""
-    for name, (model, args) in ADAPTERS.items():
-        made = recipe("text_shared_bottom_nlu", place, PAIR, args, **SHORT, **MIXED)
-        yield partial(run, "adapters", name, replace(made, model=replace(made.model, name=model)), seed)
+    for suffix, lr in RATES.items():
+        for name, (model, args) in ADAPTERS.items():
+            made = recipe("text_shared_bottom_nlu", place, PAIR, args, **SHORT, **MIXED, lr=lr)
+            yield partial(run, "adapters", name + suffix, replace(made, model=replace(made.model, name=model)), seed)
 
 
 def adapter_arrival(place: dict[str, str], seed: int) -> Iterator[Job]:

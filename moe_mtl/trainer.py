@@ -299,8 +299,8 @@ class Trainer:
                 else torch.zeros((), device=self.device)
                 for task in tasks
             }
-            return losses, routings, {}
-        losses = {task.name: task.compute_loss(predictions[task.name], part[task.name]) for task in tasks}
+        else:
+            losses = {task.name: task.compute_loss(predictions[task.name], part[task.name]) for task in tasks}
         own = getattr(self.model, "auxiliary_losses", None)
         return losses, routings, {} if own is None else own(predictions)
 
