@@ -54,6 +54,7 @@ def train(name: str, model_config: ModelConfig, data: Any, config: TrainerConfig
     from moe_mtl.memory import keep_freed_memory
     from moe_mtl.registry import create_model
     from moe_mtl.trainer import Trainer
+    from moe_mtl.two_stage import copy_routes, follows_routes
 
     keep_freed_memory()
     set_seed(config.seed)
@@ -73,7 +74,8 @@ def train(name: str, model_config: ModelConfig, data: Any, config: TrainerConfig
             raise ValueError(
                 f"model.start: {model_config.start} is no checkpoint; expected <out>/checkpoints/step_<n> of a run"
             ) from error
-        upcycle(trainer.model, start.model)
+        take = copy_routes if follows_routes(trainer.model) else upcycle
+        take(trainer.model, start.model)
         if start.run["trainer"]["balancer"] == config.balancer:
             trainer.balancer.load_state_dict(start.state["balancer"])
         print(f"starts from the {start.step} steps of {model_config.start}")

@@ -231,7 +231,7 @@ def arrive(study_name: str, base: str, few: Recipe, seed: int, *, start: str, tr
         model.add_task(task)
     else:
         everything = NLUMix(**{f.name: getattr(few.data, f.name) for f in fields(NLUMix)})
-        near = task_similarity(model, task, everything.split("train"), by="gradient")
+        near = task_similarity(model, task, everything.split("train"))
         model.add_task(task, list(near)[0 if start == "nearest" else -1])
     if trained == "average":
         model = average_adapters(model)

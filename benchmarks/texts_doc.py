@@ -194,8 +194,8 @@ def arrival() -> str:
     text = (
         "Models trained on SNIPS, NLU++ and parts of speech; then BANKING77 comes as a new task with 385 of its "
         "questions, five per intent in the mean. Its router and head alone are trained (own), or everything (all). "
-        "Its router starts fresh, or as a copy of the router of the nearest or farthest task by the gradients of 64 "
-        "texts each. Forgetting is the largest loss of a known task on its validation texts."
+        "Its router starts fresh, or as a copy of the router of the nearest or farthest task, measured on 64 texts of "
+        "each (`moe_mtl.task_similarity`). Forgetting is the largest loss of a known task on its validation texts."
     )
     head = ["model, start, trained", "k trained parameters", "seconds", "BANKING77", "forgetting, points", "similarity"]
     return "\n".join([*heading("A new task from few labels", text, "arrival"), table(head, rows)])

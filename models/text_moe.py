@@ -71,7 +71,8 @@ def build(tasks: Sequence[Task], config: TextConfig) -> TextModel:
 
 
 def _with_options(model: Any, config: TextConfig) -> nn.Module:
-    one = next(iter(model.models.values())) if isinstance(model, SingleTaskSet) else model
+    parts = getattr(model, "models", None)  # of a set of single-task models
+    one = model if parts is None else next(iter(parts.values()))
     model.options = asdict(replace(config, encoder=describe_encoder(one.backbone)))  # what `create_model` records
     return model
 

@@ -19,6 +19,8 @@ _PUBLIC = {
     "list_models": "moe_mtl.registry",
     "moefy": "moe_mtl.backbones",
     "extract": "moe_mtl.sparse",
+    "add_task": "moe_mtl.new_task",
+    "task_similarity": "moe_mtl.similarity",
     "load": "moe_mtl.hub",
     "save": "moe_mtl.hub",
 }
@@ -28,9 +30,11 @@ if _TYPE_CHECKING:
     from moe_mtl.backbones import moefy as moefy
     from moe_mtl.hub import load as load
     from moe_mtl.hub import save as save
+    from moe_mtl.new_task import add_task as add_task
     from moe_mtl.registry import create_model as create_model
     from moe_mtl.registry import list_models as list_models
     from moe_mtl.routing import Routing as Routing
+    from moe_mtl.similarity import task_similarity as task_similarity
     from moe_mtl.sparse import extract as extract
     from moe_mtl.tasks import Task as Task
 

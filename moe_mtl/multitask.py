@@ -9,7 +9,8 @@ model(x, return_routing=True)    (predictions, {layer: Routing})
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ from moe_mtl.tasks import Task, check_tasks, nearest
 Predictions = dict[str, Any]
 
 
-def task_ids(known: Sequence[Task], names: Sequence[str] | str) -> tuple[int, ...]:
-    """Positions of task names.
+def task_ids(known: Sequence[Task], names: Sequence[str] | str, argument: str = "tasks") -> tuple[int, ...]:
+    """Positions of task names; errors are about the argument of that name.
 
     Raises:
         ValueError: a name that is unknown (the nearest are listed) or given twice, or no name at all.
@@ -32,12 +33,12 @@ def task_ids(known: Sequence[Task], names: Sequence[str] | str) -> tuple[int, ..
     order = {task.name: i for i, task in enumerate(known)}
     names = [names] if isinstance(names, str) else list(names)
     if not names:
-        raise ValueError(f"tasks: got an empty list; name at least one of {', '.join(order)}")
+        raise ValueError(f"{argument}: got an empty list; name at least one of {', '.join(order)}")
     for name in names:
         if name not in order:
-            raise ValueError(f"tasks: unknown task {name!r}; {nearest(str(name), order)}")
+            raise ValueError(f"{argument}: unknown task {name!r}; {nearest(str(name), order)}")
     if len(set(names)) < len(names):
-        raise ValueError(f"tasks: {names} names a task twice")
+        raise ValueError(f"{argument}: {names} names a task twice")
     return tuple(order[name] for name in names)
 
 
@@ -98,6 +99,7 @@ class MultiTaskModel(nn.Module):
         heads: one module per task name, `Features` to prediction.
         context: the context of the backbone's MoE layers.
         features: (backbone, inputs) to `Features`.
+        fresh_head: makes the head of a task, which `add_task` needs.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class MultiTaskModel(nn.Module):
         heads: Mapping[str, nn.Module],
         context: TaskContext,
         features: Callable[[nn.Module, Any], Features],
+        fresh_head: Callable[[Task], nn.Module] | None = None,
     ):
         super().__init__()
         self.tasks = check_tasks(tasks)
@@ -114,6 +117,7 @@ class MultiTaskModel(nn.Module):
         self.heads = nn.ModuleDict({task.name: heads[task.name] for task in self.tasks})
         self.context = context
         self._features = features
+        self._fresh_head = fresh_head
 
     input = "image"  # the key of a batch whose entry the model takes
 
@@ -181,11 +185,107 @@ class MultiTaskModel(nn.Module):
         memo[id(self.heads)] = nn.ModuleDict(heads).train(self.heads.training)
         model: Any = copy.deepcopy(self, memo)
         model.tasks = tuple(self.tasks[i] for i in ids)
-        args = getattr(model, "config", {}).get("args", {})
-        if "gate_args" in args:
-            for layer in model.moe_layers.values():
-                args["gate_args"].update(layer.gate.task_options())
+        model._note_gates()
         return model
+
+    def add_task(self, task: Task, init_from: Sequence[str] | str | None = None) -> Self:
+        """Adds a task, in place: a fresh head and, in every task-gated layer, a router of its own.
+
+        Everything the model has stays the tensors it is: the other tasks keep their ids and compute what they did. The
+        new one is served by the experts there are. An optimizer made before does not know its parameters.
+
+        Args:
+            task: of a new name.
+            init_from: tasks of the model; the new routers start as the mean of theirs, for one task as a copy. Fresh
+                when None. `moe_mtl.add_task` finds the nearest tasks.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: the name is taken; a task of `init_from` is unknown; routers that have no mean, or gates or a
+                model that take no new task. The model is then as it was.
+        """
+        (task,) = check_tasks([task])
+        if task.name in self.heads:
+            raise ValueError(f"task: the model has a task {task.name!r}; choose another name, or rename that one")
+        if init_from == "nearest" and "nearest" not in self.heads:
+            raise ValueError(
+                "init_from: which tasks are nearest is measured on samples; call "
+                "moe_mtl.add_task(model, task, init_from='nearest', data=samples)"
+            )
+        like = () if init_from is None else task_ids(self.tasks, init_from, "init_from")
+        head = self.fresh_head(task)
+        gates = dict.fromkeys(layer.gate for layer in self.moe_layers.values())
+        for gate in gates:
+            gate.check_like(like)
+        for gate in gates:
+            gate.add_task(like)
+        self.heads[task.name] = head
+        self.tasks = (*self.tasks, task)
+        self._note_gates()
+        return self
+
+    def fresh_head(self, task: Task) -> nn.Module:
+        """A head for a task, as the model's own are made, on its device and in its mode; the model does not change.
+
+        Raises:
+            ValueError: the model does not know how, or takes no task of this kind.
+        """
+        if self._fresh_head is None:
+            raise ValueError(f"task: {type(self).__name__} takes no new task: it was made without `fresh_head`")
+        return self._fresh_head(task).to(next(self.heads.parameters())).train(self.training)
+
+    def remove_task(self, name: str) -> Self:
+        """Takes a task away, in place: its head and what belongs to it in the gates. The ids of later tasks move up.
+
+        Gates are replaced by copies that hold the other tasks alone, equal to the bit. Experts stay; `moe_mtl.extract`
+        drops those no task can reach.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: there is no such task, or no other.
+        """
+        (gone,) = task_ids(self.tasks, [name], "name")
+        kept = [i for i in range(len(self.tasks)) if i != gone]
+        if not kept:
+            raise ValueError(f"name: {name!r} is the model's only task; add another first")
+        layers = self.moe_layers.values()
+        gates = {gate: gate.for_tasks(kept) for gate in dict.fromkeys(layer.gate for layer in layers)}
+        for layer in layers:
+            layer.gate = gates[layer.gate]
+        del self.heads[name]
+        self.tasks = tuple(self.tasks[i] for i in kept)
+        self._note_gates()
+        return self
+
+    def rename_task(self, old: str, new: str) -> Self:
+        """Gives a task another name, in place; its id stays.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: there is no such task, or the new name is taken or cannot be a name.
+        """
+        (i,) = task_ids(self.tasks, [old], "old")
+        if new != old and new in self.heads:
+            raise ValueError(f"new: the model has a task {new!r}; choose another name, or rename that one first")
+        renamed = replace(self.tasks[i], name=new)
+        heads = {new if name == old else name: head for name, head in self.heads.items()}
+        self.heads.clear()
+        self.heads.update(heads)
+        self.tasks = (*self.tasks[:i], renamed, *self.tasks[i + 1 :])
+        return self
+
+    def _note_gates(self) -> None:
+        """Writes what gates hold per task into the configuration the model is saved with."""
+        args = getattr(self, "config", {}).get("args", {})
+        if "gate_args" in args:
+            for layer in self.moe_layers.values():
+                args["gate_args"].update(layer.gate.task_options())
 
     def valid_tokens(self, x: Any) -> Tensor | None:
         """Which tokens of an input are no padding, bool [b, n]; None where all are, as for images."""

@@ -469,7 +469,8 @@ def text_task_level_nlu() -> Recipe:
 @register
 def text_task_level_stage2_nlu() -> Recipe:
     """Stage 2: fresh experts along the routes of text_task_level_nlu, a checkpoint of which is --model.start."""
-    start = f"{text_task_level_nlu().trainer.out}/checkpoints/step_00006000"
+    first = text_task_level_nlu().trainer
+    start = f"{first.out}/checkpoints/step_{first.steps:08d}"
     second = {"selection": "softmax", "start": 300.0, "end": 1.0, "frozen": True}
     return _task_level("text_task_level_stage2_nlu", {}, second, start)
 
@@ -478,3 +479,10 @@ def text_task_level_stage2_nlu() -> Recipe:
 def text_sublayers_nlu() -> Recipe:
     """A feed-forward sublayer per task in every second layer, on the texts of text_moe_nlu."""
     return _texts("text_sublayers_nlu", "text_sublayers", NLU)
+
+
+@register
+def text_prompt_nlu() -> Recipe:
+    """A frozen encoder with a prompt and heads per task, on the texts of text_moe_nlu."""
+    recipe = _texts("text_prompt_nlu", "text_prompt", NLU)
+    return replace(recipe, trainer=replace(recipe.trainer, lr_scales={"prompts.*": 5.0}))

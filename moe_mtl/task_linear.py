@@ -21,6 +21,16 @@ def select(parameters: nn.ParameterList, tasks: Sequence[int]) -> nn.ParameterLi
     return nn.ParameterList([copy.deepcopy(parameters[i]) for i in tasks])
 
 
+@torch.no_grad()
+def append(parameters: nn.ParameterList, tasks: Sequence[int], fresh: Tensor) -> None:
+    """Adds, in place, an entry, a parameter of its own: the mean of these entries, or `fresh` where none is named.
+
+    It takes device and dtype from the others. The mean of a single entry is a copy, equal to the bit.
+    """
+    value = torch.stack([parameters[i] for i in tasks]).mean(dim=0) if tasks else fresh.detach()
+    parameters.append(nn.Parameter(value.to(parameters[-1])))
+
+
 class TaskLinear(nn.Module):
     """One linear map per task, each a parameter of its own.
 
@@ -74,6 +84,13 @@ class TaskLinear(nn.Module):
         """Makes, in place, every map zero."""
         for parameter in self.parameters():
             parameter.zero_()
+
+    def append_task(self, like: Sequence[int] = ()) -> None:
+        """Adds, in place, a map for one more task: the mean of those of these tasks, or a fresh one."""
+        out, dim = self.weight[like[0] if like else -1].shape
+        append(self.weight, like, uniform_parameter(out, dim, fan_in=dim))
+        if self.bias is not None:
+            append(self.bias, like, torch.zeros(out))
 
     def keep_tasks(self, tasks: Sequence[int]) -> None:
         """Drops, in place, every map but these, which take the places 0, 1, ..."""

@@ -114,6 +114,8 @@ def test_padding_changes_nothing_and_is_not_counted(kind):
     valid = x["attention_mask"].bool().flatten().repeat(len(TASKS))
     for routing in routings.values():
         assert torch.equal(routing.valid, valid)
+    unpadded = {name: values[:1] for name, values in x.items()}
+    assert all(routing.valid is None for routing in model(unpadded, return_routing=True)[1].values())
     # usage and balance over a text of its own and the same one padded are equal
     short = {name: values[2:, :3] for name, values in x.items()}
     longer = {name: values[2:] for name, values in x.items()}

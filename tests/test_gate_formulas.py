@@ -7,6 +7,7 @@ import torch
 
 from moe_mtl.gates import GATES, create_gate
 from moe_mtl.gates._topk import TopKGate
+from moe_mtl.regularizers import total
 
 every_topk_gate = pytest.mark.parametrize("name", sorted(n for n, gate in GATES.items() if issubclass(gate, TopKGate)))
 LOG = math.log
@@ -86,6 +87,54 @@ def test_task_embedding_is_an_mlp_over_the_one_hot_beside_each_token():
     vector = mlp(torch.eye(4)[2])
     expected = torch.cat([x, vector.expand(4, 3)], dim=1) @ gate.weight.T
     torch.testing.assert_close(gate(x, 2).logits, expected)
+
+
+def task_bias():
+    """Scores of x = 1 from W = (0, log 2, 0): task 0 adds nothing, task 1 (0, 0, log 5)."""
+    gate = create_gate("task_bias", 1, 3, 2, 1, noise_std=0.0)
+    fill(gate.weight, [0, LOG(2), 0])
+    fill(gate.bias[1], [0, 0, LOG(5)])
+    return gate
+
+
+def test_task_bias_by_hand():
+    # Task 0: log(1, 2, 1), softmax (1, 2, 1) / 4; task 1: log(1, 2, 5), softmax (1, 2, 5) / 8.
+    gate = task_bias()
+    for routing in (gate(torch.ones(2, 1), (0, 1)), gate.each(ONE, (0, 1))):
+        assert routing.indices.tolist() == [[1], [2]]
+        close(routing.weights, [[2 / 4], [5 / 8]])
+        close(routing.logits, [[0.0, LOG(2), 0.0], [0.0, LOG(2), LOG(5)]])
+    # d p_2 / d l_j = p_2 (delta_2j - p_j) = 5/8 (-1/8, -2/8, 3/8) in task 1: the gradient of its bias, and x = 1 that
+    # of W; task 0 has another expert and its own.
+    gate(torch.ones(2, 1), (0, 1)).weights.backward(torch.tensor([[0.0], [1.0]]))
+    close(gate.bias[1].grad, [-5 / 64, -10 / 64, 15 / 64])
+    close(gate.weight.grad, [[-5 / 64], [-10 / 64], [15 / 64]])
+    close(gate.bias[0].grad, [0.0, 0.0, 0.0])
+    assert not any(bias.any() for bias in create_gate("task_bias", 1, 3, 2, 1).bias)
+
+
+def test_balance_of_task_bias_over_all_tokens_and_inside_each_task_by_hand():
+    # Two tokens x = 1 per task. Inside task 0: f = (0, 1, 0), P = (1, 2, 1) / 4, 3 f P = 3/2; inside task 1:
+    # f = (0, 0, 1), P = (1, 2, 5) / 8, 3 f P = 15/8; their mean is 27/16. Over all tokens f = (0, 1, 1) / 2 and
+    # P = (3, 6, 7) / 16: 3 (6 + 7) / 32 = 39/32, so specialised tasks are punished less.
+    routings = {"layer": task_bias()(torch.ones(4, 1), (0, 1))}
+    inside, parts = total(routings, {"switch_balance": 2.0}, {"switch_balance": {"per_task": True}})
+    close(inside, 2 * 27 / 16)
+    close(parts["switch_balance"], 27 / 16)
+    close(total(routings, {"switch_balance": 1.0})[0], 39 / 32)
+
+
+def test_training_one_task_leaves_the_biases_of_others_bit_equal():
+    torch.manual_seed(0)
+    gate = create_gate("task_bias", 4, 3, 3, 2)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=0.1, weight_decay=0.1)
+    for step, task in enumerate([(0, 1, 2), (1,)]):  # the first step fills the momentum of every bias
+        before = [bias.detach().clone() for bias in gate.bias]
+        optimizer.zero_grad()
+        gate(torch.randn(6, 4), task).weights.square().sum().backward()
+        optimizer.step()
+        changed = [not torch.equal(a, b) for a, b in zip(before, gate.bias, strict=True)]
+        assert changed == ([True] * 3 if step == 0 else [False, True, False])
 
 
 def test_assigned_by_hand():

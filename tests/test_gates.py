@@ -487,6 +487,7 @@ def test_compute_classes():
         "task_level": "task",
         "dselect_k": "task",
         "task_embedding": "token",
+        "task_bias": "token",
         "task_blind": "token",
         "assigned": "task",
     }

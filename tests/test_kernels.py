@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_mtl.kernels import cpu, dispatch, grouped_linear, inference, ops, reference
@@ -298,13 +299,55 @@ def test_the_choice_of_path():
     assert not cpu.use_padded([0, 0, 0])  # nothing to do
 
 
-def test_uninitialised_memory_is_never_read(path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("glu", [False, True])
+def test_uninitialised_memory_is_never_read(path, dtype, glu):
     """torch fills new tensors with NaN in this mode; a lane that nobody wrote would show."""
     torch.use_deterministic_algorithms(True)
     try:
-        check_moe_mlp(*make(23, 8, 12, 6, 5, 3, glu=True, idx=torch.randint(-1, 4, (23, 3))), glu=True)
+        check_moe_mlp(*make(23, 8, 12, 6, 5, 3, glu=glu, dtype=dtype, idx=torch.randint(-1, 4, (23, 3))), glu=glu)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [(0, 0), (1, 8), (8, 8), (9, 16), (127, 128), (128, 128), (130, 144), (300, 320), (1030, 1152)],
+)
+def test_rows_of_products_of_two_byte_numbers(rows, expected):
+    """Multiples of 8, of 16 from 128 on, of 32 from 256, of 128 from 1024; as they are for other numbers."""
+    assert cpu.rounded(rows, torch.bfloat16) == cpu.rounded(rows, torch.float16) == expected
+    assert cpu.rounded(rows, torch.float32) == cpu.rounded(rows, torch.float64) == rows
+
+
+class Products(TorchDispatchMode):
+    """Notes the sizes of all matrix products and activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in str(func) for name in ("mm", "gelu")):
+            self.sizes |= {size for t in args if isinstance(t, torch.Tensor) and t.ndim > 1 for size in t.shape}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("limit", PATHS.values())
+def test_products_of_two_byte_numbers_come_in_few_sizes(limit, monkeypatch):
+    """Everything given to oneDNN, which compiles anew for every size, is a multiple of 8."""
+    monkeypatch.setattr(cpu, "PADDED_ROWS", limit)
+    sizes = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves, _ = make(37, 16, 24, 8, 4, 1, dtype=dtype)
+        plan = ops.plan_routing(torch.tensor([0] * 3 + [1] * 21 + [3] * 13)[:, None], 4)
+        x, w1, _, w2, b2, gates = leaves = [t.detach() for t in leaves]
+        dy = torch.randn(37, 8).to(dtype)
+        with Products() as seen:
+            z = cpu.moe_mlp(*leaves, plan, "gelu", False, True)[1]
+            cpu.moe_mlp_backward(dy, x, z, w1, w2, b2, gates, plan, "gelu", False, [True] * 6)
+        sizes.append({size for size in seen.sizes if size % 8 and size > 4})  # of 4 experts, 1 row of biases
+    assert not sizes[0] and sizes[1]
 
 
 # --- without gradient, from ids ---------------------------------------------------------------------------------------
@@ -404,6 +447,18 @@ def test_ways_never_read_uninitialised_memory(way):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_experts_are_read_one_by_one(dtype):
+    """Layers of 5 MB in float32, 1 MB an expert; 1, 3, no, 40 and 6 rows, the expert without any holding NaN."""
+    idx = torch.tensor([0] + [1] * 3 + [3] * 40 + [4] * 6)[torch.randperm(50), None]
+    leaves, _ = make(50, 256, 1024, 256, 5, 1, dtype=dtype)
+    leaves = [t.detach() for t in leaves]
+    assert leaves[1][0].numel() * dtype.itemsize >= inference.LARGE_EXPERT
+    for leaf in leaves[1:5]:
+        leaf[2] = torch.nan
+    check_forward(lambda *args: inference.grouped(*args, "gelu", False), leaves, idx)
+
+
 @pytest.mark.parametrize("bad", [5, -2])
 def test_ways_refuse_ids_out_of_range(way, bad):
     leaves, idx = make(20, 16, 24, 9, 5, 2)
@@ -426,6 +481,9 @@ def test_ways_refuse_ids_out_of_range(way, bad):
         (256, 4, 16, 192, 192, torch.float32, 1, "grouped"),
         (256, 4, 16, 192, 192, torch.float32, 2, None),  # products of 64 rows are worth sharing
         (1 << 20, 4, 4, 96, 96, torch.float32, 1, None),  # too much memory
+        (600, 1, 4, 384, 1536, torch.float32, 1, None),
+        (300, 1, 4, 384, 1536, torch.float32, 1, "grouped"),
+        (300, 1, 4, 384, 1536, torch.bfloat16, 1, None),  # of rows in numbers that oneDNN has not met
         (0, 4, 16, 96, 96, torch.float32, 1, None),
     ],
 )
@@ -713,6 +771,25 @@ def test_autocast(path, inside):
         assert all(map(torch.equal, plain[1:], torch.autograd.grad(y, leaves, cotangent.float())))
         exact = [t.detach().double() for t in leaves]
         assert ops.moe_mlp(*exact, plan).dtype == torch.float64
+
+
+@pytest.mark.parametrize("limit", PATHS.values())
+def test_autocast_casts_what_is_used_and_writes_gradients_in_float32(limit, monkeypatch):
+    """NaN in an expert without rows stays there, and its gradient is an exact float32 zero."""
+    monkeypatch.setattr(cpu, "PADDED_ROWS", limit)
+    leaves, idx = make(40, 8, 12, 6, 5, 2, idx=torch.tensor([0, 1, 3, 4]).repeat(20).view(40, 2))
+    with torch.no_grad():
+        for leaf in leaves[1:5]:
+            leaf[2] = torch.nan
+    kept = []
+    with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = ops.routed_mlp(*leaves, idx)
+    assert y.dtype == torch.bfloat16 and y.isfinite().all()
+    # no copy of a bank is kept, the weights themselves are
+    assert {t.data_ptr() for t in kept if t.ndim == 3} == {leaves[1].data_ptr(), leaves[3].data_ptr()}
+    for leaf, grad in zip(leaves[1:5], torch.autograd.grad(y.float().square().sum(), leaves)[1:5], strict=True):
+        assert grad.dtype == torch.float32 and not grad[2].any() and grad[[0, 1, 3, 4]].isfinite().all()
+        assert grad.shape == leaf.shape and grad[0].any()
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Works on encoders whose layers hold a feed-forward network of one of these struc
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from moe_mtl.tasks import Task
 
 Encoder = Any  # a model of transformers, read by structure: its attributes are not declared
 TOKENS = "input_ids"
+SHARED_INPUTS = {"rel_embeddings"}  # of a layer: DeBERTa's table of positions, no row of which is a sample's
 TEXT_KINDS = ("classification", "binary", "multilabel", "regression", "tagging")
 
 
@@ -62,15 +64,14 @@ def moefy_encoder(
             numbers out of range.
     """
     for task in tasks:
-        if task.kind not in TEXT_KINDS:
-            raise ValueError(f"tasks: {task.name!r} is of kind {task.kind}; for texts: {', '.join(TEXT_KINDS)}")
+        check_kind(task)
     context, layers = TaskContext(), find_layers(backbone)
     if isinstance(getattr(backbone, "pooler", None), nn.Module):
         backbone.pooler = None  # no head reads it: it would never get a gradient
     stacked = False
     for i in () if make is None else chosen_blocks(len(layers), every, blocks):
         found = find_feed_forward(layers[i])
-        assert found is not None  # find_layers has seen it
+        assert make is not None and found is not None  # find_layers has seen it
         moe = make(*dense_weights(found))
         found.put(ContextMoE(moe, context, f"layer.{i}"))
         if moe.gate.task_dependent and not stacked:
@@ -78,13 +79,30 @@ def moefy_encoder(
             for layer in layers[i:]:
                 layer.register_forward_pre_hook(RepeatInputs(context), with_kwargs=True)
     like = next(backbone.parameters())
-    heads = {task.name: make_head(task, backbone.config.hidden_size, patch_size=1).to(like) for task in tasks}
-    model = TextModel(backbone, tasks, heads, context, text_features)
+    fresh_head = partial(text_head, dim=backbone.config.hidden_size)
+    heads = {task.name: fresh_head(task).to(like) for task in tasks}
+    model = TextModel(backbone, tasks, heads, context, text_features, fresh_head)
     args: dict[str, Any] = {"encoder": describe_encoder(backbone)}
     if make is not None:
         args |= make.options | {"every": every, "blocks": None if blocks is None else list(blocks)}
     model.config = {"name": "text_shared_bottom" if make is None else "text_moe", "args": args}
     return model
+
+
+def check_kind(task: Task) -> None:
+    """Refuses a task that is none of texts.
+
+    Raises:
+        ValueError: names its kind, and those there are.
+    """
+    if task.kind not in TEXT_KINDS:
+        raise ValueError(f"tasks: {task.name!r} is of kind {task.kind}; for texts: {', '.join(TEXT_KINDS)}")
+
+
+def text_head(task: Task, dim: int) -> nn.Module:
+    """A fresh head for texts, on features of width `dim`; see `check_kind`."""
+    check_kind(task)
+    return make_head(task, dim, patch_size=1)
 
 
 def read_encoder(encoder: str | Mapping[str, Any], attention: str | None = None) -> Encoder:
@@ -124,9 +142,13 @@ class TextModel(MultiTaskModel):
     config: dict[str, Any]  # name and options in the register of models, by which it is saved
 
     def valid_tokens(self, x: Mapping[str, Tensor]) -> Tensor | None:
-        """Where the attention mask is not 0, bool [b, n]; None without a mask."""
+        """Where the attention mask is not 0, bool [b, n]; None without a mask, and on a CPU where there is no padding."""
         mask = x.get("attention_mask")
-        return None if mask is None else mask != 0
+        if mask is None:
+            return None
+        valid = mask != 0
+        looked = mask.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would stall
+        return None if looked and bool(valid.all()) else valid
 
     def check_input(self, x: Any) -> None:
         """Refuses what is no batch of tokenized texts.
@@ -145,10 +167,7 @@ class TextModel(MultiTaskModel):
         if mask is not None and mask.shape != ids.shape:
             raise ValueError(f"attention_mask: got {list(mask.shape)}, expected that of {TOKENS}, {list(ids.shape)}")
         config: Any = self.backbone.config
-        longest = getattr(config, "max_position_embeddings", None)
-        table = getattr(getattr(self.backbone, "embeddings", None), "position_embeddings", None)
-        if longest is not None and getattr(table, "padding_idx", None) is not None:
-            longest -= int(table.padding_idx) + 1  # RoBERTa counts its positions from there  # type: ignore[union-attr]
+        longest = count_positions(self.backbone)
         if longest is not None and ids.shape[1] > longest:
             raise ValueError(
                 f"{TOKENS}: got texts of {ids.shape[1]} tokens, the encoder has {longest} positions; "
@@ -186,14 +205,16 @@ class RepeatInputs:
             own = isinstance(value, Tensor) and value.ndim > 1 and 1 < value.shape[0] == samples != hidden.shape[0]
             return value.repeat(hidden.shape[0] // samples, *(1 for _ in value.shape[1:])) if own else value
 
-        kept = {"rel_embeddings"}  # DeBERTa's table of positions, no row of which is a sample's
-        return (hidden, *map(fit, args[1:])), {n: v if n in kept else fit(v) for n, v in kwargs.items()}
+        return (hidden, *map(fit, args[1:])), {n: v if n in SHARED_INPUTS else fit(v) for n, v in kwargs.items()}
 
 
 def text_features(backbone: Encoder, x: Mapping[str, Tensor]) -> Features:
     """Runs an encoder: its last hidden states, and their mean over the tokens that are no padding."""
-    tokens = backbone(**x).last_hidden_state
-    mask = x.get("attention_mask")
+    return token_features(backbone(**x).last_hidden_state, x.get("attention_mask"))
+
+
+def token_features(tokens: Tensor, mask: Tensor | None) -> Features:
+    """Features of hidden states [(t b), n, d] and their mean where a mask [b, n] is not 0."""
     if mask is None:
         pooled = tokens.mean(dim=1)
     else:
@@ -222,6 +243,14 @@ def find_layers(backbone: Encoder) -> list[nn.Module]:
         f"backbone: {type(backbone).__name__} is not an encoder this adapter knows: expected layers with intermediate "
         "and output (BERT and its kin), ffn (DistilBERT), mlp.Wi and mlp.Wo (ModernBERT) or DenseReluDense (T5 encoder)"
     )
+
+
+def count_positions(backbone: Encoder) -> int | None:
+    """The longest text of an encoder, in tokens; None where its positions do not end."""
+    longest = getattr(backbone.config, "max_position_embeddings", None)
+    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    start = getattr(table, "padding_idx", None)
+    return longest if longest is None or start is None else longest - start - 1  # RoBERTa counts from there
 
 
 def find_feed_forward(layer: Any) -> FeedForward | None:

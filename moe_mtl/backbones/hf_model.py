@@ -133,6 +133,11 @@ class MoeMtlPreTrainedModel(PreTrainedModel):
         """
         if not isinstance(model, TextModel):
             raise ValueError(f"model: got {type(model).__name__}, expected a text model of moefy or create_model")
+        if model.config["name"] not in ("text_moe", "text_shared_bottom"):
+            raise ValueError(
+                f"model: a {model.config['name']!r} is more than its encoder and experts, which is what these classes "
+                "save; use moe_mtl.save"
+            )
         found = dict(model.config["args"])
         found.pop("attention", None)  # not what the model is, but how this machine computes it
         layers = model.moe_layers.items()

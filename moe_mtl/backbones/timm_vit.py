@@ -5,6 +5,7 @@ shapes (`Mlp`, `GluMlp`, `SwiGLU`): ViT, DeiT, EVA, BEiT, ViT-relpos and their k
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,8 +119,9 @@ def with_experts(
     backbone.reset_classifier(0)
     dim, patch = backbone.num_features, _patch_size(backbone)
     like = backbone.patch_embed.proj.weight  # heads follow the backbone's device and dtype
-    heads = {task.name: make_head(task, dim, patch[0], head_width).to(like) for task in tasks}
-    return MultiTaskModel(backbone, tasks, heads, context, vit_features)
+    fresh_head = partial(make_head, dim=dim, patch_size=patch[0], width=head_width)
+    heads = {task.name: fresh_head(task).to(like) for task in tasks}
+    return MultiTaskModel(backbone, tasks, heads, context, vit_features, fresh_head)
 
 
 def vit_features(backbone: Timm, x: Tensor) -> Features:

@@ -172,7 +172,7 @@ def _row(row: Row, columns: Sequence[str], tasks: Mapping[str, Task], where: str
     if len(columns) == 1:
         text = row[columns[0]]
         words = text is not None and (tagged or not isinstance(text, str))
-        text = (text.split() if isinstance(text, str) else [str(word) for word in text]) if words else text
+        text = (text.split() if isinstance(text, str) else [str(word) for word in text or ()]) if words else text
     else:
         text = tuple(row[column] for column in columns)
     found: Row = {"text": text, "where": where}

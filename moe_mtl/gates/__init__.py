@@ -11,6 +11,7 @@ from moe_mtl.gates.noisy_topk import NoisyTopKGate
 from moe_mtl.gates.sigmoid import SigmoidGate
 from moe_mtl.gates.soft_slots import SoftSlotsGate
 from moe_mtl.gates.softmax import SoftmaxGate
+from moe_mtl.gates.task_bias import TaskBiasGate
 from moe_mtl.gates.task_blind import TaskBlindGate
 from moe_mtl.gates.task_embedding import TaskEmbeddingGate
 from moe_mtl.gates.task_level import TaskLevelGate
@@ -23,6 +24,7 @@ GATES: dict[str, type[Gate]] = {
     "noisy_topk": NoisyTopKGate,
     "expert_choice": ExpertChoiceGate,
     "task_embedding": TaskEmbeddingGate,
+    "task_bias": TaskBiasGate,
     "task_blind": TaskBlindGate,
     "assigned": AssignedGate,
     "dselect_k": DSelectKGate,

@@ -106,6 +106,33 @@ class Gate(nn.Module, ABC):
     def for_tasks(self, tasks: Sequence[int]) -> Self:
         """A gate for these tasks alone, renumbered 0, 1, ... in the given order, holding no parameter of another."""
 
+    def own_parameters(self, task: int) -> list[str]:
+        """Names, as `named_parameters` has them, of what belongs to this task alone: its entry of every list."""
+        lists = {name: module for name, module in self.named_modules() if isinstance(module, nn.ParameterList)}
+        return [f"{name}.{task}" for name, entries in lists.items() if task < len(entries)]
+
+    @abstractmethod
+    def check_like(self, like: Sequence[int]) -> None:
+        """Refuses what `add_task` cannot start from, before anything changes.
+
+        Raises:
+            ValueError: see `add_task`.
+        """
+
+    @abstractmethod
+    def add_task(self, like: Sequence[int] = ()) -> None:
+        """Serves, in place, one more task, whose id is the number of those there were.
+
+        What belongs to the others, or to all, stays the tensors it is.
+
+        Args:
+            like: ids of tasks; what belongs to the new one alone starts as the mean of theirs, for one task a copy.
+                Fresh when empty.
+
+        Raises:
+            ValueError: ids out of range, tasks whose parameters have no mean, or a gate that takes no new task.
+        """
+
     def keep_experts(self, ids: Tensor) -> None:
         """Makes, in place, every expert but these impossible to choose; k becomes their number where it was larger.
 

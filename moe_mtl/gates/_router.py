@@ -50,7 +50,12 @@ class RouterGate(Gate):
     """A gate that scores all experts, then turns the scores into weights, both without autocast.
 
     The arithmetic is float32, or float64 for float64 tokens.
+
+    Attributes:
+        frozen: the router does not learn; an option of some gates.
     """
+
+    frozen: bool = False
 
     def forward(self, x: Tensor, task: TaskIds | None, valid: Tensor | None = None) -> Routing:
         """Routes tokens; see `Gate.forward`.
@@ -115,6 +120,35 @@ class RouterGate(Gate):
         gate.keep_tasks(tasks)
         gate.num_tasks = len(tasks)
         return gate
+
+    def check_like(self, like: Sequence[int]) -> None:
+        """Refuses what `add_task` cannot start from; see `Gate.check_like`.
+
+        Raises:
+            ValueError: an id out of range, or tasks whose parameters have no mean.
+        """
+        if like:
+            check_task(tuple(like), self.num_tasks)
+
+    def add_task(self, like: Sequence[int] = ()) -> None:
+        """Serves, in place, one more task; see `Gate.add_task`. A frozen router stays frozen.
+
+        Raises:
+            ValueError: as in `check_like`.
+        """
+        self.check_like(like)
+        self.append_task(tuple(like))
+        self.num_tasks += 1
+        if self.frozen:
+            self.requires_grad_(False)
+
+    def append_task(self, like: Sequence[int]) -> None:
+        """Adds, in place, what belongs to one more task alone: the mean of what these tasks have, or fresh.
+
+        Raises:
+            ValueError: the gate does not say how.
+        """
+        raise ValueError(f"task: {type(self).__name__} takes no new task; build the model for all of them")
 
     @abstractmethod
     def keep_tasks(self, tasks: Sequence[int]) -> None:

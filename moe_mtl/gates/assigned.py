@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe_mtl.gates._gate import UNREACHABLE
 from moe_mtl.gates._router import RouterGate, rows_of
 from moe_mtl.routing import Routing, TaskIds
-from moe_mtl.task_linear import select
+from moe_mtl.task_linear import append, select
 
 
 def contiguous_groups(num_experts: int, num_tasks: int, k: int) -> list[list[int]]:
@@ -106,6 +106,38 @@ class AssignedGate(RouterGate):
         """Makes, in place, the learned numbers zero: the experts of a task then weigh the same."""
         for parameter in self.weight:
             parameter.zero_()
+
+    def check_like(self, like: Sequence[int]) -> None:
+        """Refuses ids out of range, and the mean of tasks that use different experts.
+
+        Raises:
+            ValueError: says which.
+        """
+        super().check_like(like)
+        experts = [sorted(self.indices[task].tolist()) for task in like]
+        if any(row != experts[0] for row in experts):
+            raise ValueError(
+                f"init_from: tasks assigned to different experts have no mean, these have {experts}; name one task, or "
+                "tasks with the same experts"
+            )
+
+    def append_task(self, like: Sequence[int]) -> None:
+        """Adds, in place, the table row and the numbers of one more task: fresh, the experts that fewest tasks use."""
+        order = self.indices[list(like)].argsort(dim=1)  # tasks may list the same experts in another order
+        if like:
+            row = self.indices[like[0]]
+        else:
+            used = torch.bincount(self.indices.flatten(), minlength=self.num_experts)
+            if self.rows is not None:
+                used = used.where(self.rows >= 0, self.num_tasks + 1)  # what is gone comes last
+            row = used.argsort(stable=True)[: self.indices.shape[1]].sort().values
+        if len(self.weight):
+            numbers = torch.zeros(len(row))
+            if like:
+                aligned = torch.stack([self.weight[i].detach() for i in like]).gather(1, order)
+                numbers = aligned.mean(dim=0)[order[0].argsort()]
+            append(self.weight, (), numbers)
+        self.indices = torch.cat([self.indices, row.unsqueeze(0)])
 
     def keep_tasks(self, tasks: Sequence[int]) -> None:
         """Drops, in place, the numbers and table rows of every task but these."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe_mtl.gates._gate import UNREACHABLE
 from moe_mtl.gates._router import RouterGate, rows_of
 from moe_mtl.routing import Routing, TaskIds
-from moe_mtl.task_linear import TaskLinear, select
+from moe_mtl.task_linear import TaskLinear, append, select
 
 
 def smooth_step(t: Tensor, gamma: float) -> Tensor:
@@ -145,6 +145,32 @@ class DSelectKGate(RouterGate):
         """Makes, in place, every z and alpha zero: all experts then weigh the same."""
         for parameter in self.parameters():
             parameter.zero_()
+
+    def check_like(self, like: Sequence[int]) -> None:
+        """Refuses ids out of range, and the mean of several tasks.
+
+        Raises:
+            ValueError: says which.
+        """
+        super().check_like(like)
+        if len(like) > 1 and self.bits:
+            raise ValueError(
+                "init_from: selectors name experts by binary codes and in no order, so the mean of several tasks would "
+                "name other experts than they do; name one task"
+            )
+
+    def append_task(self, like: Sequence[int]) -> None:
+        """Adds, in place, the selectors of one more task."""
+        for part, size, bound in (
+            (self.z, self.selectors * self.bits, self.gamma / 100),
+            (self.alpha, self.selectors, 0.05),
+        ):
+            if isinstance(part, TaskLinear):
+                part.append_task(like)
+                for entries in () if like or part.bias is None else (part.weight, part.bias):
+                    nn.init.uniform_(entries[-1], -bound, bound)
+            elif part is not None:
+                append(part, like, torch.empty(size).uniform_(-bound, bound))
 
     def keep_tasks(self, tasks: Sequence[int]) -> None:
         """Drops, in place, the selectors of every task but these."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from moe_mtl.gates.softmax import SoftmaxGate
 from moe_mtl.tasks import nearest
@@ -82,3 +83,9 @@ class ExclusiveGate(SoftmaxGate):
     ):
         table = deal_experts(num_experts, num_tasks, alpha, kind, seed) if visible is None else visible
         super().__init__(dim, num_experts, num_tasks, k, hidden=hidden, dropout=dropout, visible=table)
+        self.kind = kind
+
+    def hidden_from_new(self, like: Sequence[int]) -> Tensor:
+        """As in `SoftmaxGate`; by exclusion, nothing is closed to a task that is like no other."""
+        hidden = super().hidden_from_new(like)
+        return torch.zeros_like(hidden) if self.kind == "exclusion" and not like else hidden

@@ -33,6 +33,10 @@ class NoisyTopKGate(TopKGate):
         """Makes, in place, every router zero."""
         self.router.zero_scores()
 
+    def append_task(self, like: Sequence[int]) -> None:
+        """Adds, in place, the router of one more task."""
+        self.router.append_task(like)
+
     def keep_tasks(self, tasks: Sequence[int]) -> None:
         """Drops, in place, the routers of every task but these."""
         self.router.keep_tasks(tasks)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe_mtl.gates._gate import UNREACHABLE
 from moe_mtl.gates._router import RouterGate, rows_of
 from moe_mtl.routing import Routing, TaskIds
-from moe_mtl.task_linear import select
+from moe_mtl.task_linear import append, select
 
 
 class SoftSlotsGate(RouterGate):
@@ -123,6 +123,24 @@ class SoftSlotsGate(RouterGate):
         """Makes, in place, every scale zero: slots are then means of all tokens, and tokens means of all slots."""
         for parameter in self.scale:
             parameter.zero_()
+
+    def check_like(self, like: Sequence[int]) -> None:
+        """Refuses ids out of range, and the mean of several tasks where an expert has several slots.
+
+        Raises:
+            ValueError: says which.
+        """
+        super().check_like(like)
+        if len(like) > 1 and self.slots_per_expert > 1:
+            raise ValueError(
+                f"init_from: the {self.slots_per_expert} slots of an expert have no order, so those of different tasks "
+                "do not match and have no mean; name one task"
+            )
+
+    def append_task(self, like: Sequence[int]) -> None:
+        """Adds, in place, the slots and the scale of one more task."""
+        append(self.slot, like, torch.randn(self.slot[0].shape) * self.dim**-0.5)
+        append(self.scale, like, torch.ones(1))
 
     def keep_tasks(self, tasks: Sequence[int]) -> None:
         """Drops, in place, the slots and scales of every task but these."""

@@ -144,6 +144,50 @@ class SoftmaxGate(RouterGate):
         """Makes, in place, every router zero: the experts a task can see then weigh the same."""
         self.router.zero_scores()
 
+    def check_like(self, like: Sequence[int]) -> None:
+        """Refuses ids out of range, the mean of several tasks with hidden layers, and a task that would see no expert.
+
+        Raises:
+            ValueError: says which.
+        """
+        super().check_like(like)
+        if len(like) > 1 and len(self.layers):
+            raise ValueError(
+                "init_from: hidden units of different tasks' routers do not match, so these have no mean; name one task"
+            )
+        if self.hidden_from is not None:
+            seen = ~self.hidden_from_new(like)
+            if not (seen if self.kept is None else seen[self.kept]).any():
+                raise ValueError(
+                    "init_from: every expert is closed to some task, so a fresh one would see none; name tasks, whose "
+                    "experts it is to see"
+                )
+
+    def hidden_from_new(self, like: Sequence[int]) -> Tensor:
+        """What one more task cannot see, bool [e]: what none of these tasks sees, or what some task does not."""
+        assert self.hidden_from is not None
+        return self.hidden_from[list(like)].all(dim=0) if like else self.hidden_from.any(dim=0)
+
+    @torch.no_grad()
+    def append_task(self, like: Sequence[int]) -> None:
+        """Adds, in place, the router of one more task.
+
+        It sees the experts that every task sees or, like some tasks, those that one of them does. The mean of several
+        is taken, per expert, over those that see it: the rows of the others have learned nothing.
+        """
+        for layer in (*self.layers, self.router):
+            layer.append_task(like)  # type: ignore[operator]
+        if self.hidden_from is None:
+            return
+        if len(like) > 1:
+            seen = (~self.hidden_from[list(like)]).to(self.router.weight[0])  # [u, e]
+            share = seen / seen.sum(dim=0).clamp(min=1)
+            for entries in (self.router.weight, self.router.bias):
+                assert entries is not None  # routers have a bias
+                rows = torch.stack([entries[i] for i in like])
+                entries[-1].copy_(torch.einsum("ue,ue...->e...", share, rows))
+        self.hidden_from = torch.cat([self.hidden_from, self.hidden_from_new(like).unsqueeze(0)])
+
     def keep_tasks(self, tasks: Sequence[int]) -> None:
         """Drops, in place, the routers of every task but these."""
         for layer in (*self.layers, self.router):

@@ -35,5 +35,8 @@ class TaskBlindGate(TopKGate):
         """Makes, in place, the router zero."""
         nn.init.zeros_(self.weight)
 
+    def append_task(self, like: Sequence[int]) -> None:
+        """Nothing to add: no parameter belongs to one task."""
+
     def keep_tasks(self, tasks: Sequence[int]) -> None:
         """Nothing to drop: no parameter belongs to one task."""

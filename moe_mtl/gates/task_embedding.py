@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_mtl.gates._topk import Normalize, TopKGate
 from moe_mtl.routing import TaskIds
-from moe_mtl.task_linear import select, uniform_parameter
+from moe_mtl.task_linear import append, select, uniform_parameter
 
 
 class TaskEmbeddingGate(TopKGate):
@@ -85,6 +85,10 @@ class TaskEmbeddingGate(TopKGate):
     def zero_scores(self) -> None:
         """Makes, in place, the shared router zero; the task vectors stay, so that it can learn from them."""
         nn.init.zeros_(self.weight)
+
+    def append_task(self, like: Sequence[int]) -> None:
+        """Adds, in place, the table entry of one more task."""
+        append(self.table, like, uniform_parameter(self.embedding_dim, fan_in=self.num_tasks + 1))
 
     def keep_tasks(self, tasks: Sequence[int]) -> None:
         """Drops, in place, the table entries of every task but these; the rest is shared and stays."""

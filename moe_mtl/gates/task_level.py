@@ -2,7 +2,8 @@
 
 Paper: Ye et al. 2022, https://arxiv.org/abs/2205.12701 (task-level mixture-of-experts: a router on task embeddings,
     softmax, Gumbel-softmax or its straight-through form, temperature lowered in training, the arg-max alone for
-    inference); Jang et al. 2017, https://arxiv.org/abs/1611.01144 (Gumbel-softmax).
+    inference; in a second stage, see `moe_mtl.two_stage`, fixed routes and a plain softmax cooled from 300 to 1); Jang
+    et al. 2017, https://arxiv.org/abs/1611.01144 (Gumbel-softmax).
 Differs: the temperature falls by a constant factor over the whole training, from `start` to `end`, where the authors
     lower it by exp(-3e-4) per update; embeddings start at random. `k` above 1 keeps the k largest for inference.
 """
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from moe_mtl.gates._gate import UNREACHABLE
 from moe_mtl.gates._router import RouterGate, rows_of
 from moe_mtl.routing import Routing, TaskIds
-from moe_mtl.task_linear import select, uniform_parameter
+from moe_mtl.task_linear import append, select, uniform_parameter
 from moe_mtl.tasks import nearest
 
 Selection = Literal["softmax", "gumbel", "straight_through"]
@@ -44,6 +45,8 @@ class TaskLevelGate(RouterGate):
             router.
         start: temperature tau at the beginning of training.
         end: temperature at its end, see `anneal`.
+        frozen: the routes do not learn; the temperature falls all the same. For routes that were learned before, see
+            `moe_mtl.two_stage`; as they are drawn, the control that shows what learning them is worth.
 
     Attributes:
         temperature: tau as it is now, a scalar tensor, saved with the weights.
@@ -67,6 +70,7 @@ class TaskLevelGate(RouterGate):
         embedding_dim: int | None = 64,
         start: float = 2.0,
         end: float = 0.1,
+        frozen: bool = False,
     ):
         super().__init__(dim, num_experts, num_tasks, k)
         if selection not in get_args(Selection):
@@ -76,7 +80,7 @@ class TaskLevelGate(RouterGate):
         for name, value in (("start", start), ("end", end)):
             if not value > 0:
                 raise ValueError(f"{name}: got {value}, expected above 0")
-        self.selection, self.start, self.end, self.chosen = selection, start, end, k
+        self.selection, self.start, self.end, self.chosen, self.frozen = selection, start, end, k, frozen
         self.register_buffer("temperature", torch.tensor(float(start)))
         width = num_experts if embedding_dim is None else embedding_dim
         std = 0.01 if embedding_dim is None else 1.0  # scores that are nearly even, or embeddings of unit variance
@@ -84,10 +88,16 @@ class TaskLevelGate(RouterGate):
         self.hidden = None if embedding_dim is None else nn.Linear(width, width)
         self.router = None if embedding_dim is None else uniform_parameter(num_experts, width, fan_in=width)
         self.router_bias = None if embedding_dim is None else nn.Parameter(torch.zeros(num_experts))
+        if frozen:
+            self.requires_grad_(False)
 
     def anneal(self, progress: float) -> None:
-        """Sets the temperature, in place: start (end / start)^progress."""
-        self.temperature.fill_(self.start * (self.end / self.start) ** progress)
+        """Sets the temperature, in place: start (end / start)^progress.
+
+        A gate of which only some parameters learn keeps its temperature: tasks that do not learn share it.
+        """
+        if len({parameter.requires_grad for parameter in self.parameters()}) < 2:
+            self.temperature.fill_(self.start * (self.end / self.start) ** progress)
 
     def scores(self, x: Tensor, task: TaskIds) -> Tensor:
         """z_t / tau of each row's task, [m, e]; of tokens only their number matters."""
@@ -155,10 +165,17 @@ class TaskLevelGate(RouterGate):
         for parameter in self.table if self.router is None else (self.router, self.router_bias):
             parameter.zero_()  # type: ignore[union-attr]
 
+    def append_task(self, like: Sequence[int]) -> None:
+        """Adds, in place, the embedding, or the learned numbers, of one more task."""
+        std = 0.01 if self.hidden is None else 1.0
+        append(self.table, like, torch.empty(self.table[0].shape).normal_(std=std))
+
     def keep_tasks(self, tasks: Sequence[int]) -> None:
         """Drops, in place, the embeddings of every task but these; the router is shared and stays."""
         self.table = select(self.table, tasks)
 
     def extra_repr(self) -> str:
         """Sizes and options, for printing."""
-        return f"{super().extra_repr()}, selection={self.selection!r}, temperature={float(self.temperature):.3g}"
+        frozen = ", frozen=True" if self.frozen else ""
+        heat = f"temperature={float(self.temperature):.3g}"
+        return f"{super().extra_repr()}, selection={self.selection!r}, {heat}{frozen}"

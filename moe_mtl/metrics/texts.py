@@ -23,6 +23,9 @@ class SpanF1(Summed):
     """
 
     higher_is_better = True
+    correct: Tensor
+    predicted: Tensor
+    labelled: Tensor
 
     def __init__(self, classes: Sequence[str]):
         super().__init__()
@@ -56,6 +59,9 @@ class MicroF1(Summed):
     """F1 of logit > 0 over all labels of all samples together."""
 
     higher_is_better = True
+    correct: Tensor
+    predicted: Tensor
+    labelled: Tensor
 
     def __init__(self):
         super().__init__()
