@@ -107,7 +107,7 @@ def joint(place: dict[str, str], seed: int) -> Iterator[Job]:
     drawn = shares([len(rows) for rows in split.sources.values()], made.trainer.temperature)
     found = made.data.read()
     for share, source in zip(drawn, split.sources, strict=True):
-        steps = round(share * made.trainer.steps)
+        steps = max(1, round(share * made.trainer.steps))
         for task in (task.name for task in found[source].tasks if task.name in made.data.tasks):
             only = {"tasks": [task], "sources": [source]}
             how = {"steps": steps, "warmup": round(share * made.trainer.warmup)}

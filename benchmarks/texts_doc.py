@@ -3,6 +3,7 @@
 python benchmarks/texts_doc.py
 """
 
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +19,14 @@ from text_studies import RESULTS
 from moe_mtl.hub import replace_file
 
 DOCUMENT = study.ROOT / "docs" / "texts.md"
+SPEED = Path(__file__).with_name("text_speed.json")
 HEAD = """# Task-routed encoders of texts, measured
 
 Written by `python benchmarks/texts_doc.py` from the files in `benchmarks/texts/`; the commands that make those stand
 with each table, FOLDER being one with the data sets. The encoder is MiniLM of six layers (`make minilm`), trained in
 bfloat16 with its word embeddings frozen and scored in float32. Scores are percentages of the test texts; settings were
 chosen on validation texts, and the test texts of a run scored once. Where several seeds were run, means and standard
-deviations.
+deviations. Minutes are of one core while the other did something else: they say little.
 """
 TASKS = {
     "snips_intent": "SNIPS intent",
@@ -54,6 +56,11 @@ def headline(run: Run, task: str, split: str = "test") -> float:
 def scores(runs: Sequence[Run], tasks: Sequence[str], split: str = "test") -> list[str]:
     """Cells of a table, one per task."""
     return [spread([headline(run, task, split) for run in runs], 2) for task in tasks]
+
+
+def complete(parts: Sequence[Run], tasks: Sequence[str]) -> bool:
+    """Whether single-task runs are there for all of these tasks."""
+    return set(tasks) <= {task for part in parts for task in part["test"]}
 
 
 def together(parts: Sequence[Run]) -> dict[str, Any]:
@@ -88,7 +95,7 @@ def joint() -> str:
         gains = [
             gain(run, next(base for base in models["single_task"] if base["seed"] == run["seed"]), tasks)
             for run in runs
-            if name != "single_task" and run["seed"] in alone
+            if name != "single_task" and complete(alone.get(run["seed"], ()), tasks)
         ]
         mean, worst = zip(*gains, strict=True) if gains else ((float("nan"),), (float("nan"),))
         rows.append([labels.get(name, name), size, f"{runs[0]['seconds'] / 60:.0f}", *scores(runs, tasks), exact(runs),
@@ -97,8 +104,8 @@ def joint() -> str:
             "mean gain over single-task, %", "smallest difference to single-task, points"]  # fmt: skip
     text = (
         "Six tasks of four data sets, no text with labels of two of them. The joint models draw a source per update, "
-        "in proportion to the square root of its size; a single-task model gets as many updates as its source was "
-        "drawn. Seeds: " + ", ".join(str(run["seed"]) for run in next(iter(found.values()))) + "."
+        "in proportion to the fifth root of its size; a single-task model gets as many updates as its source was drawn."
+        " Seeds: " + ", ".join(str(run["seed"]) for run in next(iter(found.values()))) + "."
     )
     return "\n".join([*heading("Six tasks in one encoder", text, "joint"), turned(head, rows), *layers(models)])
 
@@ -106,10 +113,11 @@ def joint() -> str:
 def gain(run: Run, base: Run, tasks: Sequence[str]) -> tuple[float, float]:
     """Mean relative gain over a baseline in percent, and the smallest difference of a task in points.
 
-    Every headline here is better when larger.
+    Every headline here is better when larger; over a baseline of 0 the difference stands for the gain.
     """
     pairs = [(headline(run, task), headline(base, task)) for task in tasks]
-    return float(np.mean([100 * (new / old - 1) for new, old in pairs])), min(new - old for new, old in pairs)
+    gains = [100 * (new / old - 1) if old else new for new, old in pairs]
+    return float(np.mean(gains)), min(new - old for new, old in pairs)
 
 
 def turned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -172,10 +180,10 @@ def added() -> str:
     return plain("added", "An unrelated task added", text, (*PAIR, "upos"))
 
 
-def arrival() -> str:
-    """A new task, few-shot."""
-    found = by_name("arrival")
+def newcomers(name: str) -> str:
+    """Ways to learn a new task, and what the known tasks lose."""
     rows = []
+    found = by_name(name)
     for label, runs in found.items():
         if "banking77" not in runs[0]["test"]:
             continue
@@ -191,24 +199,68 @@ def arrival() -> str:
         near = runs[0].get("similarity") or {}
         rows.append([label, f"{runs[0]['trained_parameters'] / 1e3:.0f}", f"{runs[0]['seconds']:.0f}", new, lost,
                      ", ".join(f"{task} {value:.2f}" for task, value in near.items())])  # fmt: skip
+    head = ["model, start, trained", "k trained parameters", "seconds", "BANKING77", "forgetting, points", "similarity"]
+    return table(head, rows)
+
+
+def arrival() -> str:
+    """A new task, few-shot."""
     text = (
         "Models trained on SNIPS, NLU++ and parts of speech; then BANKING77 comes as a new task with 385 of its "
         "questions, five per intent in the mean. Its router and head alone are trained (own), or everything (all). "
         "Its router starts fresh, or as a copy of the router of the nearest or farthest task, measured on 64 texts of "
         "each (`moe_mtl.task_similarity`). Forgetting is the largest loss of a known task on its validation texts."
     )
-    head = ["model, start, trained", "k trained parameters", "seconds", "BANKING77", "forgetting, points", "similarity"]
-    return "\n".join([*heading("A new task from few labels", text, "arrival"), table(head, rows)])
+    return "\n".join([*heading("A new task from few labels", text, "arrival"), newcomers("arrival")])
 
 
-STUDIES: tuple[Callable[[], str], ...] = (joint, routing, scarce, added, arrival)
+def adapters() -> str:
+    """Adapters in a frozen encoder."""
+    text = (
+        "A frozen encoder on SNIPS and BANKING77, a task per text. One LoRA has the rank that gives it nearly as many "
+        "trained parameters as the inventories of four skills. Every method is trained at two learning rates, of which "
+        "the validation texts choose."
+    )
+    return plain("adapters", "Adapters in a frozen encoder", text, PAIR, validation=True)
+
+
+def adapter_arrival() -> str:
+    """A new task for adapters."""
+    text = (
+        "As in the study of a new task, with frozen encoders and adapters: what is the new task's own (own: its head, "
+        "and for multi-head routing its routing alone, z-only), one LoRA that is the mean of all skills (average), or "
+        "all adapters."
+    )
+    parts = heading("A new task for adapters", text, "adapter_arrival")
+    return "\n".join([*parts, newcomers("adapter_arrival")])
+
+
+def speed() -> str:
+    """Routed encoders against dense ones."""
+    found = json.loads(SPEED.read_text())
+    rows = [
+        [row["mode"], str(row["threads"]), row["dtype"], f"{row['batch']} x {row['tokens']}", row["provider"],
+         f"{row['ms']:.1f}", f"{row['ratio']:.2f}", f"{row['ratio_p20']:.2f} to {row['ratio_p80']:.2f}"]
+        for row in found["rows"]
+    ]  # fmt: skip
+    text = (
+        f"Time of the routed encoder over that of the dense one, medians of interleaved rounds, on {found['cpu']}, "
+        f"torch {found['torch']}. 4 experts, one per token, in every second layer; what differs in the peers stands in "
+        "the script."
+    )
+    head = ["", "threads", "numbers", "texts x tokens", "model", "ms", "over dense", "20th to 80th percentile"]
+    return "\n".join(["## Speed", "", text, "`python benchmarks/text_speed.py`.", "", table(head, rows)])
+
+
+STUDIES: tuple[Callable[[], str], ...] = (joint, routing, scarce, added, arrival, adapters, adapter_arrival)
 
 
 def main() -> None:
     parts = [write() for write in STUDIES if (RESULTS / write.__name__).exists()]
+    parts += [speed()] if SPEED.exists() else []
     text = "\n".join([HEAD, *parts])
     replace_file(DOCUMENT, lambda temporary: temporary.write_text(text))
-    print(f"{DOCUMENT}: {len(parts)} of {len(STUDIES)} sections")
+    print(f"{DOCUMENT}: {len(parts)} of {len(STUDIES) + 1} sections")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ try:
             *("roofline", "shapes", "tune"),
         )
     )
-    study, table_studies, tables_doc = (
-        importlib.import_module(name) for name in ("study", "table_studies", "tables_doc")
+    study, table_studies, tables_doc, text_studies, texts_doc = (
+        importlib.import_module(name) for name in ("study", "table_studies", "tables_doc", "text_studies", "texts_doc")
     )
 finally:
     sys.path.remove(str(BENCHMARKS))
