@@ -22,7 +22,8 @@ import numpy as np
 import study
 
 from moe_mtl.data.census_income import CensusIncome
-from moe_mtl.recipes import ModelConfig, Recipe, mmoe_census
+from moe_mtl.recipes import ModelConfig, Recipe
+from moe_mtl.recipes.tables import mmoe_census
 from moe_mtl.statistics import auc, paired_bootstrap, paired_test
 
 STUDY, TUNING = "census", "census_tuning"

@@ -32,7 +32,7 @@ DATA = ProcRoom(size=32, num_test=6)
 
 def tiny():
     """A model and data small enough for a test."""
-    recipe = recipes.procroom_demo()
+    recipe = recipes.images.procroom_demo()
     return replace(recipe, model=recipes.ModelConfig(name="m3vit_micro", args=ARGS), data=DATA)
 
 

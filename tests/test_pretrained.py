@@ -223,7 +223,7 @@ def publish():
 def trained(tmp_path_factory):
     """A folder as train.py leaves it, on a machine with folders of its own."""
     torch.manual_seed(3)
-    recipe = recipes.procroom_demo()
+    recipe = recipes.images.procroom_demo()
     trainer = replace(recipe.trainer, out="/home/me/tiny")
     recipe = replace(recipe, model=recipes.ModelConfig(name="m3vit_micro", args=ARGS), data=DATA, trainer=trainer)
     folder = hub.save(create_model("m3vit_micro", tasks=TASKS, **ARGS), tmp_path_factory.mktemp("run"))
