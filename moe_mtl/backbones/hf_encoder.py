@@ -142,7 +142,7 @@ class TextModel(MultiTaskModel):
     config: dict[str, Any]  # name and options in the register of models, by which it is saved
 
     def valid_tokens(self, x: Mapping[str, Tensor]) -> Tensor | None:
-        """Where the attention mask is not 0, bool [b, n]; None without a mask, and on a CPU where there is no padding."""
+        """Where the attention mask is not 0, bool [b, n]; None without a mask, on a CPU also without padding."""
         mask = x.get("attention_mask")
         if mask is None:
             return None
