@@ -25,7 +25,13 @@ class WaitsForGPU(RuntimeError):
 Step = Callable[[], object]
 
 
-def interleaved(steps: dict[str, Step], device: torch.device, rounds: int, seconds: float) -> dict[str, list[float]]:
+def interleaved(
+    steps: dict[str, Step],
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds per call of every step: one value per round, the same round at the same place of every list.
 
     Args:
@@ -33,23 +39,27 @@ def interleaved(steps: dict[str, Step], device: torch.device, rounds: int, secon
         device: on which they work.
         rounds: at most that many.
         seconds: no new round after that long, but `LEAST_ROUNDS` in any case.
+        clock: of a CPU, in seconds; `time.process_time` leaves out what a call of one thread waits for other jobs.
     """
     repeats = {}
     for name, step in steps.items():
         step()  # compiled, memory touched
-        repeats[name] = max(1, min(MOST_REPEATS, int(ROUND_S[device.type] / max(_timed(step, 1, device)(), 1e-9))))
+        once = max(_timed(step, 1, device, clock)(), 1e-9)
+        repeats[name] = max(1, min(MOST_REPEATS, int(ROUND_S[device.type] / once)))
     times: dict[str, list[float]] = {name: [] for name in steps}
-    began = time.perf_counter()
+    began = clock()
     for done in range(rounds):
-        if done >= LEAST_ROUNDS and time.perf_counter() - began > seconds:
+        if done >= LEAST_ROUNDS and clock() - began > seconds:
             break
-        readings = {name: _timed(step, repeats[name], device) for name, step in steps.items()}
+        readings = {name: _timed(step, repeats[name], device, clock) for name, step in steps.items()}
         for name, read in readings.items():
             times[name].append(read() / repeats[name])
     return times
 
 
-def _timed(step: Step, repeats: int, device: torch.device) -> Callable[[], float]:
+def _timed(
+    step: Step, repeats: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> Callable[[], float]:
     """Runs or enqueues the calls; what it returns gives their seconds, on a GPU after waiting for them."""
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -63,10 +73,10 @@ def _timed(step: Step, repeats: int, device: torch.device) -> Callable[[], float
             return start.elapsed_time(stop) / 1e3
 
         return read
-    began = time.perf_counter()
+    began = clock()
     for _ in range(repeats):
         step()
-    passed = time.perf_counter() - began
+    passed = clock() - began
     return lambda: passed
 
 

@@ -10,6 +10,9 @@ whole bank of zeros per expert), or the expert outputs kept for the router's gra
 In the backward the gate p joins late: da = dy w2 goes without it, because the router's gradient is <da, h> and p may be
 zero; p da and p dy carry it from there, multiplied in the dtype of p and rounded once. Bias gradients are sums of these
 and not products with p: a matrix-vector product adds up in one running value, a sum in many.
+
+Weights may be wider than the tokens, as under autocast: an expert that has rows is cast when its turn comes, into a
+buffer that stays in cache, and gradients are written in the weights' own dtype.
 """
 
 from collections.abc import Callable
@@ -40,6 +43,9 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 
 # Padding pays up to this many rows per expert: it saves one chain of calls, and one waking of all threads, per expert.
 PADDED_ROWS = 32
+# Products of two-byte numbers are given multiples of that many rows, and never more than an eighth in vain: oneDNN
+# compiles a kernel for every number of rows it meets, which takes as long as the product itself.
+ROW_STEP = 8
 
 
 def combine(ys: Tensor, index: Tensor, k: int, weights: Tensor | None) -> Tensor:
@@ -47,6 +53,9 @@ def combine(ys: Tensor, index: Tensor, k: int, weights: Tensor | None) -> Tensor
 
     A bag sum reads each row once and accumulates in float32; float64 has no such kernel on the CPU.
     """
+    if k == 1:
+        own = ys.index_select(0, index)
+        return own if weights is None else own.mul_(weights[:, None])
     if ys.dtype != torch.float64:
         bags = torch.arange(0, index.shape[0], k, dtype=index.dtype, device=index.device)
         return torch.embedding_bag(ys, index, bags, False, 0, False, weights)[0]
@@ -144,33 +153,68 @@ def _slot_gates(gates: Tensor, inverse: Tensor, used: int) -> Tensor:
     return flat if used == flat.shape[0] else flat.masked_fill(inverse >= used, 0)
 
 
+def rounded(rows: int, dtype: torch.dtype) -> int:
+    """Rows of the product that is made for so many; see `ROW_STEP`."""
+    if dtype.itemsize != 2:
+        return rows
+    step = max(ROW_STEP, 1 << max(0, rows.bit_length() - 4))
+    return -(-rows // step) * step
+
+
+def _scratch(w1: Tensor, w2: Tensor, like: Tensor) -> Tensor | None:
+    """Room for one layer of one expert in the dtype of the tokens, where weights have another."""
+    return None if w1.dtype == like.dtype else like.new_empty(max(w1[0].numel(), w2[0].numel()))
+
+
+def _cast(w: Tensor, scratch: Tensor | None) -> Tensor:
+    """A layer of an expert in the dtype of the tokens; the scratch then holds it."""
+    return w if scratch is None else scratch[: w.numel()].view(w.shape).copy_(w)
+
+
+def _weight_gradient(dz: Tensor, x: Tensor, out: Tensor, scratch: Tensor | None) -> None:
+    """dz^T x of [rows, o] and [rows, in], into out [o, in] in the dtype of the weights."""
+    if scratch is None:
+        torch.mm(dz.t(), x, out=out)
+    else:
+        out.copy_(torch.mm(dz.t(), x, out=scratch[: out.numel()].view(out.shape)))
+
+
 def _forward_segments(x, w1, b1, w2, b2, gates, plan, bounds, activation, glu, save):
-    (m, k), experts, hidden, used, most = gates.shape, w1.shape[0], w2.shape[2], bounds[-1], _most(bounds)
+    (m, k), experts, hidden, used = gates.shape, w1.shape[0], w2.shape[2], bounds[-1]
     tokens = plan.order // k
-    z = x.new_empty(m * k if save else 0, w1.shape[1])
-    ys = x.new_empty(m * k, w2.shape[1])
+    most = rounded(_most(bounds), x.dtype)
+    # A product's surplus rows lie where the next expert's are written after them.
+    length = max(m * k, max(start + rounded(stop - start, x.dtype) for start, stop in pairwise(bounds)))
+    z = x.new_empty(length if save else 0, w1.shape[1])
+    ys = x.new_empty(length, w2.shape[1])
     # Buffers one expert long stay in cache and are not paged in anew for every expert.
     xs_buffer, h_buffer = x.new_empty(most, x.shape[1]), x.new_empty(most, hidden)
     z_buffer = None if save else x.new_empty(most, w1.shape[1])
+    scratch = _scratch(w1, w2, x)
+    b1, b2 = (None if b is None else b.to(x.dtype) for b in (b1, b2))
     weights = zip(w1.unbind(), unbind(b1, experts), w2.unbind(), unbind(b2, experts), strict=True)
     for start, stop, (w1_e, b1_e, w2_e, b2_e) in zip(bounds, bounds[1:], weights, strict=False):
         if (rows := stop - start) == 0:
             continue
-        xs = torch.index_select(x, 0, tokens[start:stop], out=xs_buffer[:rows])
-        z_e = linear(xs, w1_e, b1_e, z[start:stop] if save else z_buffer[:rows])
-        h = activate(z_e, h_buffer[:rows], activation, glu)
-        linear(h, w2_e, b2_e, ys[start:stop])
+        all_rows = rounded(rows, x.dtype)
+        torch.index_select(x, 0, tokens[start:stop], out=xs_buffer[:rows])
+        place = z[start : start + all_rows] if save else z_buffer[:all_rows]
+        z_e = linear(xs_buffer[:all_rows], _cast(w1_e, scratch), b1_e, place)
+        h = activate(z_e, h_buffer[:all_rows], activation, glu)
+        linear(h, _cast(w2_e, scratch), b2_e, ys[start : start + all_rows])
     if used < m * k:
         ys[used:].zero_()
         z[used:].zero_()
-    return combine(ys, plan.inverse, k, _slot_gates(gates, plan.inverse, used).to(x.dtype)), z
+    y = combine(ys, plan.inverse, k, _slot_gates(gates, plan.inverse, used).to(x.dtype))
+    return y, z[: m * k] if save else z
 
 
 def _backward_segments(dy, x, z, w1, w2, b2, gates, plan, bounds, activation, glu, need):
     need_x, need_w1, need_b1, need_w2, need_b2, need_gates = need
     need_z = need_x or need_w1 or need_b1
     (m, k), (experts, wide, dim), (_, out_dim, hidden) = gates.shape, w1.shape, w2.shape
-    used, most = bounds[-1], _most(bounds)
+    used, most = bounds[-1], rounded(_most(bounds), dy.dtype)
+    length = max(m * k, max(start + rounded(stop - start, dy.dtype) for start, stop in pairwise(bounds)))
     tokens = plan.order // k
     p = _slot_gates(gates, plan.inverse, used).index_select(0, plan.order)[:, None]
     dw1 = torch.empty_like(w1) if need_w1 else None
@@ -178,43 +222,55 @@ def _backward_segments(dy, x, z, w1, w2, b2, gates, plan, bounds, activation, gl
     dw2 = torch.empty_like(w2) if need_w2 else None
     db2 = w2.new_empty(experts, out_dim) if need_b2 else None
     dp = gates.new_empty(m * k) if need_gates else None
-    dxs = dy.new_empty(m * k, dim) if need_x else None
+    dxs = dy.new_empty(length, dim) if need_x else None
     g_buffer, x_buffer = dy.new_empty(most, out_dim), dy.new_empty(most, dim) if need_w1 else None
     da_buffer, h_buffer = dy.new_empty(most, hidden), dy.new_empty(most, hidden)
-    dz_buffer = dy.new_empty(most, wide) if glu and need_z else None
+    dz_buffer = dy.new_empty(most, wide) if glu and need_z else da_buffer
     product = dy.new_empty(most, hidden) if need_gates else None
-    w1, w2, b2 = w1.unbind(), w2.unbind(), unbind(b2, experts)
+    z_buffer = dy.new_empty(most, wide) if dy.dtype.itemsize == 2 else None
+    scratch = _scratch(w1, w2, dy)
+    w1, w2 = w1.unbind(), w2.unbind()
+    b2 = unbind(None if b2 is None else b2.to(dy.dtype), experts)
     for e, (start, stop) in enumerate(pairwise(bounds)):
         if (rows := stop - start) == 0:
             for grad in (dw1, db1, dw2, db2):
                 if grad is not None:
                     grad[e].zero_()
             continue
-        p_e, z_e = p[start:stop], z[start:stop]
-        g = torch.index_select(dy, 0, tokens[start:stop], out=g_buffer[:rows])
+        p_e, z_e, all_rows = p[start:stop], z[start:stop], rounded(rows, dy.dtype)
+        if all_rows > rows:  # surplus rows are zero in every sum over rows
+            z_e = z_buffer[:all_rows]
+            z_e[:rows].copy_(z[start:stop])
+            for buffer in (g_buffer, x_buffer, z_buffer):
+                if buffer is not None:
+                    buffer[rows:all_rows].zero_()
+        g, h, da, dz = (buffer[:all_rows] for buffer in (g_buffer, h_buffer, da_buffer, dz_buffer))
+        g_e, da_e = g[:rows], da[:rows]
+        torch.index_select(dy, 0, tokens[start:stop], out=g_e)
         if need_z or need_gates:
-            da = torch.mm(g, w2[e], out=da_buffer[:rows])
+            torch.mm(g, _cast(w2[e], scratch), out=da)
         if need_w2 or need_gates:
-            h = activate(z_e, h_buffer[:rows], activation, glu)
+            activate(z_e, h, activation, glu)
         if need_gates:
-            dp_e = torch.sum(torch.mul(da, h, out=product[:rows]), 1, dtype=dp.dtype, out=dp[start:stop])
+            dp_e = torch.sum(torch.mul(da_e, h[:rows], out=product[:rows]), 1, dtype=dp.dtype, out=dp[start:stop])
             if b2[e] is not None:
-                dp_e += torch.mv(g, b2[e])
+                dp_e += torch.mv(g_e, b2[e])
         if need_b2 or need_w2:
-            g.mul_(p_e)
+            g_e.mul_(p_e)
         if need_b2:
-            torch.sum(g, 0, out=db2[e])
+            db2[e].copy_(g_e.sum(0))
         if need_w2:
-            torch.mm(g.t(), h, out=dw2[e])
+            _weight_gradient(g, h, dw2[e], scratch)
         if need_z:
-            dz = activate_backward(da.mul_(p_e), z_e, dz_buffer[:rows] if glu else da, activation, glu)
+            da_e.mul_(p_e)
+            activate_backward(da, z_e, dz, activation, glu)
         if need_b1:
-            torch.sum(dz, 0, out=db1[e])
+            db1[e].copy_(dz[:rows].sum(0))
         if need_w1:
-            xs = torch.index_select(x, 0, tokens[start:stop], out=x_buffer[:rows])
-            torch.mm(dz.t(), xs, out=dw1[e])
+            torch.index_select(x, 0, tokens[start:stop], out=x_buffer[:rows])
+            _weight_gradient(dz, x_buffer[:all_rows], dw1[e], scratch)
         if need_x:
-            torch.mm(dz, w1[e], out=dxs[start:stop])
+            torch.mm(dz, _cast(w1[e], scratch), out=dxs[start : start + all_rows])
     if used < m * k:
         for tail in (dxs, dp):
             if tail is not None:
@@ -224,8 +280,8 @@ def _backward_segments(dy, x, z, w1, w2, b2, gates, plan, bounds, activation, gl
     return dx, dw1, db1, dw2, db2, dgates
 
 
-def _pad(plan: Plan, bounds: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Index maps between sorted rows and the padded block of e x c rows.
+def _pad(plan: Plan, bounds: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Index maps between sorted rows and the padded block of e x c rows, for products in that dtype.
 
     Returns:
         Which places hold a row [e, c]; the sorted row in every place [e c], where places past an expert's rows repeat
@@ -234,7 +290,7 @@ def _pad(plan: Plan, bounds: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """
     used, slots = bounds[-1], plan.inverse.shape[0]
     starts, last = plan.offsets[:-1, None], (plan.offsets[1:, None] - 1).clamp_min_(0)
-    rows = starts + torch.arange(_most(bounds), dtype=torch.int32, device=plan.offsets.device)
+    rows = starts + torch.arange(rounded(_most(bounds), dtype), dtype=torch.int32, device=plan.offsets.device)
     filled = rows < plan.offsets[1:, None]
     place = filled.view(-1).nonzero().view(-1)  # places and sorted rows are both ordered by expert
     by_row = place if used == slots else torch.cat([place, place.new_full((slots - used,), filled.numel())])
@@ -243,8 +299,9 @@ def _pad(plan: Plan, bounds: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _forward_padded(x, w1, b1, w2, b2, gates, plan, bounds, activation, glu, save):
     k, experts, used = gates.shape[1], w1.shape[0], bounds[-1]
-    filled, rows, place, slots = _pad(plan, bounds)
+    filled, rows, place, slots = _pad(plan, bounds, x.dtype)
     c = filled.shape[1]
+    w1, b1, w2, b2 = (None if w is None else w.to(x.dtype) for w in (w1, b1, w2, b2))
     xs = x.index_select(0, plan.order.index_select(0, rows) // k).view(experts, c, -1)
     z = linear_padded(xs, w1, b1, x.new_empty(experts, c, w1.shape[1]))
     h = activate(z, x.new_empty(experts, c, w2.shape[2]), activation, glu)
@@ -268,8 +325,9 @@ def _backward_padded(dy, x, z, w1, w2, b2, gates, plan, bounds, activation, glu,
     need_x, need_w1, need_b1, need_w2, need_b2, need_gates = need
     need_z = need_x or need_w1 or need_b1
     (m, k), (experts, wide, _), hidden, used = gates.shape, w1.shape, w2.shape[2], bounds[-1]
-    filled, rows, _, slots = _pad(plan, bounds)
-    c = filled.shape[1]
+    filled, rows, _, slots = _pad(plan, bounds, dy.dtype)
+    c, dtype = filled.shape[1], w1.dtype
+    w1, w2, b2 = (None if w is None else w.to(dy.dtype) for w in (w1, w2, b2))
     slot = plan.order.index_select(0, rows)
     tokens = slot // k
     p = _slot_gates(gates, plan.inverse, used).index_select(0, slot).view(experts, c)
@@ -293,15 +351,15 @@ def _backward_padded(dy, x, z, w1, w2, b2, gates, plan, bounds, activation, glu,
     if need_b2 or need_w2:
         g.mul_(p)
     if need_b2:
-        db2 = g.sum(1)
+        db2 = g.sum(1).to(dtype)
     if need_w2:
-        dw2 = torch.bmm(g.mT, h)
+        dw2 = torch.bmm(g.mT, h).to(dtype)
     if need_z:
         dz = activate_backward(da.mul_(p), z, torch.empty_like(z) if glu else da, activation, glu)
     if need_b1:
-        db1 = dz.sum(1)
+        db1 = dz.sum(1).to(dtype)
     if need_w1:
-        dw1 = torch.bmm(dz.mT, x.index_select(0, tokens).view(experts, c, -1))
+        dw1 = torch.bmm(dz.mT, x.index_select(0, tokens).view(experts, c, -1)).to(dtype)
     if need_x:
         spare = used < m * k
         dxs = dy.new_empty(experts * c + spare, w1.shape[2])

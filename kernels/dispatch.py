@@ -119,6 +119,27 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
+def casts_late(backend: str, *tensors: Tensor | None) -> bool:
+    """Whether autocast leaves float32 weights to the backend, which casts them expert by expert and only where needed.
+
+    So does cpu.py, in calls nobody traces: the weights of an expert without rows are not cast, no copy of a bank is
+    kept for the backward, and gradients are written in float32 at once.
+
+    Args:
+        backend: as the op was called with.
+        tensors: x, then the weights.
+    """
+    x, *weights = tensors
+    return (
+        backend in ("auto", "cpu")
+        and x.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and x.dtype != torch.float64
+        and all(w is None or (w.dtype == torch.float32 and w.device == x.device) for w in weights)
+        and not traced(x)
+    )
+
+
 def traced(x: Tensor) -> bool:
     """Whether someone watches the dispatcher (compile, export, a dispatch mode, functorch) and must see the op."""
     return (

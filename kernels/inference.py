@@ -33,6 +33,9 @@ DENSE_BYTES = 64 << 20  # more memory than that is not traded for time
 SHARED_MACS = 1_000_000  # a smaller product is done before a second thread is awake
 GROUPED_MM_ROWS = 64  # rows per expert up to which one call of grouped_mm beats a loop of torch calls over experts
 STREAMED_BYTES = 4 << 20  # up to this size it pays to read weights once before many small products do
+STREAMED_WIDTH, STREAMED_ROWS = 1024, 32  # and up to that length of their rows, for a product of so few rows
+LARGE_EXPERT = 256 << 10  # bytes of a layer from which each expert is read for itself
+FLIPPED_ROWS = range(2, 6)  # of a float32 product that is faster as w x^T
 
 # faster than the same function with out= its own argument
 IN_PLACE = {"gelu": torch._C._nn.gelu_, "silu": torch._C._nn.silu_, "relu": torch.relu_}
@@ -65,6 +68,8 @@ def choose(tokens: int, k: int, w1: Tensor, w2: Tensor, threads: int) -> Callabl
     grouped_us = rows * (first + second) / MACS_PER_US[kind] + SORT_US + EXPERT_US[kind] * visited
     if dense_us <= grouped_us and tokens * experts * row_bytes <= DENSE_BYTES:
         return dense
+    if size == 2 and rows > GROUPED_MM_ROWS * experts:
+        return None  # cpu.py spares oneDNN new numbers of rows
     if rows * row_bytes > GROUPED_BYTES or (threads > 1 and rows * max(first, second) > SHARED_MACS * visited):
         return None
     return grouped
@@ -91,6 +96,8 @@ def dense(
     bias = None if b1 is None else b1.reshape(-1)
     z = cpu.linear(x, w1.reshape(-1, dim), bias, x.new_empty(m, experts * wide)).view(m, experts, wide)
     h = cpu.activate(z, z.new_empty(m, experts, hidden), activation, True) if glu else IN_PLACE[activation](z)
+    if experts == k == 1 and not spare:
+        return cpu.linear(h[:, 0], w2[0], None if b2 is None else b2[0], x.new_empty(m, out)).mul_(gates.to(x.dtype))
     ys = x.new_empty(experts * m + spare, out)
     cpu.linear_padded(h.transpose(0, 1), w2, b2, ys[: experts * m].view(experts, m, out))
     rows = idx * m + torch.arange(m, dtype=idx.dtype)[:, None]
@@ -158,9 +165,11 @@ def _grouped(
 def _products(xs: Tensor, w: Tensor, b: Tensor | None, ids: Tensor, bounds: np.ndarray) -> Tensor:
     """w[e] x + b[e] for rows [used, in] sorted by expert: [used, out]."""
     experts, out, width = w.shape
-    aligned = w.is_contiguous() and not width * w.element_size() % 16
-    if aligned and w.dtype != torch.float64 and xs.shape[0] <= GROUPED_MM_ROWS * experts:
-        if w.numel() * w.element_size() <= STREAMED_BYTES and xs.shape[0] >= experts:
+    aligned = w.is_contiguous() and not width * w.element_size() % 16 and w.dtype != torch.float64
+    streamed = w.numel() * w.element_size() <= STREAMED_BYTES
+    few = xs.shape[0] <= GROUPED_MM_ROWS * experts
+    if aligned and few and (streamed or out * width * w.element_size() < LARGE_EXPERT):
+        if streamed and xs.shape[0] >= experts:
             w.sum()  # into the cache as one stream: the products would wait for the weights piece by piece
         ys = F.grouped_mm(xs, w.mT, offs=torch.from_numpy(bounds[1:].astype(np.int32)))
         return ys if b is None else ys.add_(b.index_select(0, ids))
@@ -168,5 +177,18 @@ def _products(xs: Tensor, w: Tensor, b: Tensor | None, ids: Tensor, bounds: np.n
     parts = zip(pairwise(bounds.tolist()), w.unbind(), cpu.unbind(b, experts), strict=True)
     for (start, stop), w_e, b_e in parts:
         if start < stop:
-            cpu.linear(xs[start:stop], w_e, b_e, ys[start:stop])
+            _product(xs[start:stop], w_e, b_e, ys[start:stop])
     return ys
+
+
+def _product(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
+    """w x + b of the rows of one expert, into out, with weights that are in no cache yet."""
+    rows, width = x.shape
+    if width <= STREAMED_WIDTH and w.numel() * w.element_size() <= STREAMED_BYTES:
+        if w.dtype == torch.float32 and rows in FLIPPED_ROWS:
+            y = torch.mm(w, x.t()).t()
+            torch.add(y, b, out=out) if b is not None else out.copy_(y)
+            return
+        if rows <= STREAMED_ROWS:
+            w.sum()  # as in _products
+    cpu.linear(x, w, b, out)

@@ -9,6 +9,7 @@ from moe_mtl.kernels.dense import dense_mlp
 from moe_mtl.kernels.dispatch import (
     autocast,
     backend_module,
+    casts_late,
     check_kind,
     check_name,
     filled,
@@ -64,7 +65,7 @@ def moe_mlp(
         ValueError: a shape, dtype, device, activation or backend does not fit.
         RuntimeError: differentiated twice (every backend but the reference).
     """
-    x, w1, b1, w2, b2 = _prepare(x, w1, b1, w2, b2, gates, activation, glu)
+    x, w1, b1, w2, b2 = _prepare(x, w1, b1, w2, b2, gates, activation, glu, backend)
     if plan.order.shape[0] != gates.shape[0] * gates.shape[1] or plan.offsets.shape[0] != w1.shape[0] + 1:
         raise ValueError(
             f"plan: made for {plan.order.shape[0]} slots and {plan.offsets.shape[0] - 1} experts, but gates are "
@@ -105,7 +106,7 @@ def routed_mlp(
         ValueError: as in `moe_mlp` and `plan_routing`.
         RuntimeError: as in `moe_mlp`.
     """
-    x, w1, b1, w2, b2 = _prepare(x, w1, b1, w2, b2, gates, activation, glu)
+    x, w1, b1, w2, b2 = _prepare(x, w1, b1, w2, b2, gates, activation, glu, backend)
     check_ids(idx)
     if idx.shape != gates.shape or idx.device != x.device:
         raise ValueError(f"idx: got {shape(idx)} on {idx.device}, but gates are {shape(gates)} on {x.device}")
@@ -115,7 +116,7 @@ def routed_mlp(
         if x.device.type == "cpu" and not needs_grad(x, w1, b1, w2, b2, gates) and not traced(x):
             way = inference.choose(*idx.shape, w1, w2, torch.get_num_threads())
             if way is not None:
-                return way(x, w1, b1, w2, b2, gates, idx, activation, glu)
+                return way(x, *autocast(w1, b1, w2, b2), gates, idx, activation, glu)
     return _planned(x, w1, b1, w2, b2, gates, plan_routing(idx, w1.shape[0]), activation, glu, backend)
 
 
@@ -128,10 +129,14 @@ def check_activation(name: str) -> None:
     check_name("activation", name, reference.ACTIVATIONS)
 
 
-def _prepare(x, w1, b1, w2, b2, gates, activation, glu):
-    """The checks that need no ids, and the autocast."""
+def _prepare(x, w1, b1, w2, b2, gates, activation, glu, backend):
+    """The checks that need no ids, and the autocast, of the weights unless the backend does it; see `casts_late`."""
     check_activation(activation)
-    x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
+    late = casts_late(backend, x, w1, b1, w2, b2)
+    if late:
+        (x,) = autocast(x)
+    else:
+        x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
     xs, s1, s2, gs = x.shape, w1.shape, w2.shape, gates.shape
     if len(xs) != 2 or len(s1) != 3 or len(s2) != 3 or len(gs) != 2:
         raise ValueError(
@@ -149,7 +154,8 @@ def _prepare(x, w1, b1, w2, b2, gates, activation, glu):
         raise ValueError(f"b2: got {shape(b2)}, expected [e, o] = {list(s2[:2])}")
     if gs[0] != xs[0] or gs[1] < 1 or not gates.is_floating_point():
         raise ValueError(f"gates: got {list(gs)} of {gates.dtype}, expected floats [m, k] with m = {xs[0]}")
-    check_kind(x, w1=w1, b1=b1, w2=w2, b2=b2)
+    if not late:
+        check_kind(x, w1=w1, b1=b1, w2=w2, b2=b2)
     if gates.device != x.device:
         raise ValueError(f"gates: got {gates.device}, but x is on {x.device}")
     return x, w1, b1, w2, b2
