@@ -11,6 +11,7 @@ if not IS_WORKER:
     os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="moe_mtl_mpl_")
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers asks it, too
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels on the CPU; read when triton is imported
 if IS_WORKER:
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -44,15 +44,6 @@ def model(folder):
     return shaken(create_model("text_moe", tasks=TASKS, encoder=folder, experts=3, every=1))
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    before = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    if before:
-        transformers.utils.logging.enable_progress_bar()
-
-
 def same(a, b):
     assert a.keys() == b.keys()
     for name in a:

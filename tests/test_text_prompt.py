@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import transformers
 from peft.tuners.multitask_prompt_tuning import MultitaskPromptEmbedding, MultitaskPromptTuningConfig
 from torch import nn
 
@@ -38,15 +37,6 @@ def of_task(model, task):
     """Names of what belongs to a task alone."""
     lists = [f"prompts.{name}.{task}" for name in ("columns", "rows", "own")]
     return {name for name, _ in model.named_parameters() if name in lists or name.startswith(f"heads.{NAMES[task]}.")}
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    before = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    if before:
-        transformers.utils.logging.enable_progress_bar()
 
 
 # ---- prompts

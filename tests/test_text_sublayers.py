@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import transformers
 
 import moe_mtl
 from moe_mtl import create_model, extract
@@ -54,15 +53,6 @@ def poison(model, task):
                 parameter.fill_(torch.nan)
             elif ".experts." in name:
                 parameter[task] = torch.nan
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    before = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    if before:
-        transformers.utils.logging.enable_progress_bar()
 
 
 @both

@@ -23,15 +23,6 @@ from tests.text_cases import save_encoder, write_all, write_snips
 SECOND = {"selection": "softmax", "start": 300.0, "end": 1.0, "frozen": True}
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    before = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    if before:
-        transformers.utils.logging.enable_progress_bar()
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A pretrained encoder."""
