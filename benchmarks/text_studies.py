@@ -29,7 +29,6 @@ import study
 import torch
 from accelerate.utils import set_seed
 
-from moe_mtl.adapters import AdapterModel
 from moe_mtl.batches import in_order, shares
 from moe_mtl.data import NLUMix
 from moe_mtl.diagnostics import BRIEF, ExpertUsage, diagnose
@@ -235,8 +234,6 @@ def arrive(study_name: str, base: str, few: Recipe, seed: int, *, start: str, tr
         model.add_task(task, list(near)[0 if start == "nearest" else -1])
     if trained == "average":
         model = average_adapters(model)
-    elif trained == "own" and isinstance(model, AdapterModel):
-        model.train_own(NEW)
     elif trained == "own":
         few = replace(few, trainer=replace(few.trainer, lr_scales=train_only(model, NEW)))
 

@@ -199,6 +199,12 @@ class TextPromptModel(TextModel):
         self.prompts.add_task(encoder.get_input_embeddings(), like)
         return self
 
+    def own_parameters(self, name: str) -> list[nn.Parameter]:
+        """As `MultiTaskModel.own_parameters`, with the task's matrix or prompt; the shared prompt is no task's own."""
+        (task,) = task_ids(self.tasks, [name], "name")
+        lists = (self.prompts.columns, self.prompts.rows, self.prompts.own)
+        return super().own_parameters(name) + [one[task] for one in lists if len(one)]
+
     def remove_task(self, name: str) -> "TextPromptModel":
         """Takes a task away, in place, with its prompt; see `MultiTaskModel.remove_task`."""
         kept = [i for i, task in enumerate(self.tasks) if task.name != name]

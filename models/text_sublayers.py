@@ -51,6 +51,12 @@ class TaskSublayersModel(TextModel):
         model._keep_sublayers(task_ids(self.tasks, names))
         return model
 
+    def own_parameters(self, name: str) -> list[nn.Parameter]:
+        """As `MultiTaskModel.own_parameters`, with the task's attentions; its experts lie in shared banks."""
+        (task,) = task_ids(self.tasks, [name], "name")
+        copies = [module.copies[task] for module in self.modules() if isinstance(module, TaskAttention)]
+        return super().own_parameters(name) + [p for own in copies for p in own.parameters()]
+
     def remove_task(self, name: str) -> "TaskSublayersModel":
         """Takes a task away, in place, with its sublayers; see `MultiTaskModel.remove_task`."""
         kept = [i for i, task in enumerate(self.tasks) if task.name != name]

@@ -226,6 +226,19 @@ class MultiTaskModel(nn.Module):
         self._note_gates()
         return self
 
+    def own_parameters(self, name: str) -> list[nn.Parameter]:
+        """The parameters that serve one task alone: its head, and its entries of the gates.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        (task,) = task_ids(self.tasks, [name], "name")
+        found = list(self.heads[name].parameters())
+        for layer in self.moe_layers.values():
+            parameters = dict(layer.gate.named_parameters())
+            found += [parameters[entry] for entry in layer.gate.own_parameters(task)]
+        return found
+
     def fresh_head(self, task: Task) -> nn.Module:
         """A head for a task, as the model's own are made, on its device and in its mode; the model does not change.
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_mtl.multitask import MultiTaskModel, task_ids
+from moe_mtl.multitask import MultiTaskModel
 from moe_mtl.similarity import By, task_similarity
 from moe_mtl.tasks import Task
 
@@ -69,16 +69,12 @@ def add_task(
 
 
 def parameters_of_task(model: MultiTaskModel, name: str) -> list[str]:
-    """Names of the parameters that serve one task alone: its head, and its entries of the gates.
+    """Names of the parameters that serve one task alone, as `model.own_parameters` has them.
 
     Raises:
         ValueError: there is no such task.
     """
-    (task,) = task_ids(model.tasks, [name], "name")
-    own = {id(p) for p in model.heads[name].parameters()}
-    for layer in model.moe_layers.values():
-        parameters = dict(layer.gate.named_parameters())
-        own |= {id(parameters[entry]) for entry in layer.gate.own_parameters(task)}
+    own = {id(p) for p in model.own_parameters(name)}
     return [full for full, p in model.named_parameters() if id(p) in own]
 
 

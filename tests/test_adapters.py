@@ -10,6 +10,7 @@ from moe_mtl import create_model, extract, load, save
 from moe_mtl.backbones.hf_encoder import TextModel, describe_encoder
 from moe_mtl.data import NLUMix
 from moe_mtl.models.text_adapters import average_adapters, matching_rank, scalearn
+from moe_mtl.new_task import parameters_of_task
 from moe_mtl.tasks import Task
 from moe_mtl.trainer import Trainer, parameter_groups
 from moe_mtl.trainer_config import TrainerConfig
@@ -474,3 +475,14 @@ def test_alignment_reaches_the_gradient_of_a_mixed_update(data):
         loss.backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.adapter_parameters()]))
     assert (grads[0] - grads[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["text_poly", "text_scalearn"])
+def test_what_is_a_tasks_own_is_known_to_train_only(name):
+    model = create_model(name, tasks=TASKS, encoder=describe_encoder(encoder("bert")))
+    first = TASKS[0].name
+    routed = [parameter for parameter in parameters_of_task(model, first) if not parameter.startswith("heads.")]
+    assert len(routed) >= len(model.adapted)  # of every adapted map
+    assert not set(parameters_of_task(model, first)) & set(parameters_of_task(model, TASKS[1].name))
+    model.train_own(first)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(parameters_of_task(model, first))

@@ -204,3 +204,16 @@ def test_mistakes(model):
         MoeMtlModel(MoeMtlConfig())
     with pytest.raises(ValueError, match="did you mean 'intent'"):
         MoeMtlModel.of(model)(**texts(), tasks=["intents"])
+
+
+def test_attention_is_computed_as_asked_and_alike(folder):
+    torch.manual_seed(0)
+    eager = create_model("text_shared_bottom", tasks=TASKS, encoder=folder, attention="eager").eval()
+    sdpa = create_model("text_shared_bottom", tasks=TASKS, encoder=folder, attention="sdpa").eval()
+    sdpa.load_state_dict(eager.state_dict())
+    ways = [model.backbone.config._attn_implementation for model in (eager, sdpa)]
+    assert ways == ["eager", "sdpa"]
+    x = {"input_ids": torch.tensor([[2, 7, 8, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+    with torch.no_grad():
+        torch.testing.assert_close(eager(x), sdpa(x), atol=1e-5, rtol=1e-5)
+    assert to_transformers(eager).config.experts is None  # how this machine computes is no part of the model

@@ -17,7 +17,7 @@ from moe_mtl.balancing import create_balancer
 from moe_mtl.batches import ShuffledBatches
 from moe_mtl.routing import Routing
 from moe_mtl.tasks import Task
-from moe_mtl.trainer import Trainer, TrainerConfig, TrainingDiverged, decays, lr_factor
+from moe_mtl.trainer import Trainer, TrainerConfig, TrainingDiverged, decays, lr_factor, parameter_groups
 
 TASKS = (Task.segmentation("semseg", 3), Task.depth("depth"), Task.classification("scene", 2))
 
@@ -577,3 +577,18 @@ def test_random_state_round_trip():
     draw()
     checkpoints.set_random_state(state)
     assert draw() == expected
+
+
+def test_factors_of_the_learning_rate_and_what_they_refuse():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    config = TrainerConfig(out="o", steps=1, lr_scales={"*": 0.0, "1.*": 0.5, "1.bias": 2.0})
+    groups = parameter_groups(model, config)
+    assert [(group["scale"], group["params"]) for group in groups] == [(0.5, [model[1].weight]), (2.0, [model[1].bias])]
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+    for scales, message in (
+        ({"*": -1.0}, "lr_scales: got -1.0 for"),
+        ({"nothing": 1.0}, "lr_scales: 'nothing' matches no"),
+        ({"*": 0.0}, "lr_scales: freezes every parameter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parameter_groups(nn.Linear(2, 3), replace(config, lr_scales=scales))

@@ -1,5 +1,6 @@
 """What a kind of adapters has to do, and how its layers learn which tasks a forward is for."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,7 +53,7 @@ class AdapterContext(TaskContext):
         return [self.task] if isinstance(self.task, int) else list(self.task), None
 
 
-class AdapterMethod:
+class AdapterMethod(ABC):
     """One kind of adapters: how they get into an encoder, and what they add to a linear map for one task.
 
     Holds options alone; parameters live in the layers.
@@ -63,36 +64,36 @@ class AdapterMethod:
 
     parts_tasks = True
 
-    def check(self, maps: Mapping[str, nn.Linear]) -> None:
+    def check(self, maps: Mapping[str, nn.Linear]) -> None:  # noqa: B027  a method without such options or entries has nothing to do
         """Refuses linear maps that these adapters do not fit."""
 
+    @abstractmethod
     def inject(self, encoder: nn.Module, maps: Sequence[str], tasks: Sequence[str], context: AdapterContext) -> None:
         """Puts adapted layers, whose `base_layer` is the frozen map, in the place of linear maps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trained(self, layer: Any) -> Iterable[nn.Parameter]:
         """The parameters of an adapted layer that training changes."""
-        raise NotImplementedError
 
     def own(self, layer: Any, task: str) -> Iterable[nn.Parameter]:
         """Those that one task alone uses, and that training changes."""
         return ()
 
+    @abstractmethod
     def delta(self, layer: Any, task: str) -> Tensor:
         """What the adapters of a layer add to its weight for a task, [out, in]."""
-        raise NotImplementedError
 
-    def keep_tasks(self, layer: Any, tasks: Sequence[str]) -> None:
+    def keep_tasks(self, layer: Any, tasks: Sequence[str]) -> None:  # noqa: B027  a method without such options or entries has nothing to do
         """Drops, in place, what belongs to other tasks; these get the ids 0, 1, ..."""
 
-    def add_task(self, layer: Any, task: str, like: Sequence[str]) -> None:
+    def add_task(self, layer: Any, task: str, like: Sequence[str]) -> None:  # noqa: B027  a method without such options or entries has nothing to do
         """Gives a layer what one more task needs: the mean of what those of `like` have, or fresh."""
 
-    def rename_task(self, layer: Any, old: str, new: str) -> None:
+    def rename_task(self, layer: Any, old: str, new: str) -> None:  # noqa: B027  a method without such options or entries has nothing to do
         """Gives what belongs to a task the name it has now."""
 
 
-class PerTask(nn.Module):
+class PerTask(nn.Module, ABC):
     """Parameters `<part>_<task>` of each task, apart from each other.
 
     So neither weight decay nor momentum moves those of a task that is not trained. Ids are positions in `tasks`.
@@ -108,9 +109,9 @@ class PerTask(nn.Module):
         super().__init__()
         self.tasks: tuple[str, ...] = ()
 
+    @abstractmethod
     def fresh(self) -> Iterable[Tensor]:
         """What the parts of a new task start as."""
-        raise NotImplementedError
 
     def own(self, task: str) -> list[nn.Parameter]:
         """The parts of a task."""

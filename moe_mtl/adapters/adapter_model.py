@@ -94,7 +94,12 @@ class AdapterModel(TextModel):
             ValueError: an unknown task.
         """
         names = [self.tasks[i].name for i in task_ids(self.tasks, tasks)]
-        return self._train([p for m in self.adapted.values() for n in names for p in self.method.own(m, n)], names)
+        return self._train([p for name in names for p in self.own_parameters(name)], names)
+
+    def own_parameters(self, name: str) -> list[nn.Parameter]:
+        """As `MultiTaskModel.own_parameters`, with the task's routing logits, adapter or scales."""
+        own = super().own_parameters(name)
+        return own + [p for layer in self.adapted.values() for p in self.method.own(layer, name)]
 
     def _train(self, parameters: Iterable[nn.Parameter], heads: Iterable[str]) -> Self:
         self.requires_grad_(False)
