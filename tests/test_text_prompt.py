@@ -296,3 +296,11 @@ def test_mistakes():
         MoeMtlModel.of(model)
     other = copy.deepcopy(model)
     assert other.prompts.shared is not model.prompts.shared
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_tasks_own_is_its_head_and_its_prompt(rank):
+    model = build(rank=rank)
+    for task, name in enumerate(NAMES):
+        own = {id(p) for p in model.own_parameters(name)}
+        assert {n for n, p in model.named_parameters() if id(p) in own} == of_task(model, task)

@@ -272,3 +272,11 @@ def test_mistakes():
         for layer in find_layers(model.backbone):
             layer._forward_pre_hooks.clear()
         model.backbone(**texts())
+
+
+def test_a_tasks_own_is_its_head_and_its_attention():
+    model = build()
+    own = {id(p) for p in model.own_parameters(NAMES[1])}
+    named = {n for n, p in model.named_parameters() if id(p) in own}
+    assert named == {n for n, _ in model.named_parameters() if n.startswith(f"heads.{NAMES[1]}.") or ".copies.1." in n}
+    assert any(".copies.1." in n for n in named)
