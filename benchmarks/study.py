@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,9 @@ def run(
     how = json.loads(json.dumps(how))
     if path.exists():
         found = json.loads(path.read_text())
-        same = {**found["recipe"], "trainer": {**DEFAULTS, **found["recipe"]["trainer"]}} == how
+        known = found["recipe"]
+        options = {"trainer": {**DEFAULTS, **known["trainer"]}, "data": {**defaults(recipe.data), **known["data"]}}
+        same = {**known, **options} == how
         rows = results != RESULTS or predictions_file(study, name, seed).exists()
         if same and (not test or ("test" in found and rows)) and (not keep or folder.exists()):
             return found
@@ -118,6 +120,13 @@ def run(
     if not keep:
         shutil.rmtree(folder)
     return found
+
+
+def defaults(data: Any) -> dict[str, Any]:
+    """What the options of a data set are that a run older than they are does not mention."""
+    known = [(f.name, f.default if f.default_factory is MISSING else f.default_factory()) for f in fields(data)]
+    found = {name: value for name, value in known if value is not MISSING and name not in PLACES}
+    return json.loads(json.dumps(found, default=str))
 
 
 def predictions_file(study: str, name: str, seed: int) -> Path:

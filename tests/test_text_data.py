@@ -123,6 +123,13 @@ def test_a_limit_draws_at_random_and_a_larger_one_adds_to_it(tmp_path, encoder):
     assert drawn[1] != every[:9] and len(drawn[1]) == 9
 
 
+def test_tasks_can_weigh_more(tmp_path, encoder):
+    data = Banking77(root=str(write_banking77(tmp_path / "b")), tokenizer=encoder, weights={"banking77": 2.5})
+    assert [task.weight for task in data.task_list()] == [2.5]
+    with pytest.raises(ValueError, match="weights: unknown task 'banking'"):
+        replace(data, weights={"banking": 2.0}).task_list()
+
+
 # ---- files of one's own
 
 

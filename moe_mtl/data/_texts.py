@@ -5,7 +5,7 @@ makes tokens of them and puts each tag on the first token of its word; the other
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -49,6 +49,8 @@ class TextData:
         tasks: names of the tasks to use; all when empty.
         limit: use only so many training samples of each source, drawn at random, the same ones every time and among
             those of any larger limit; all when None.
+        weights: factors on the losses of tasks, by name; 1 where there is none. A loss that is a mean over many labels,
+            most of them easy, is small, and so is what it changes beside others.
     """
 
     root: str | None = None
@@ -57,6 +59,7 @@ class TextData:
     truncate: bool = False
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
+    weights: dict[str, float] = field(default_factory=dict)
 
     def read(self) -> dict[str, Texts]:
         """The texts per source, a name per data set they come from."""
@@ -64,7 +67,11 @@ class TextData:
 
     def task_list(self) -> tuple[Task, ...]:
         """The tasks, in the order of their sources."""
-        return tuple(task for found in self._found().values() for task in found.tasks)
+        found = [task for texts in self._found().values() for task in texts.tasks]
+        for name in self.weights:
+            if name not in [task.name for task in found]:
+                raise ValueError(f"weights: unknown task {name!r}; {nearest(name, [task.name for task in found])}")
+        return tuple(replace(task, weight=self.weights.get(task.name, task.weight)) for task in found)
 
     def split(self, name: str) -> "TextSplit":
         """The tokens and labels of a split.
