@@ -56,6 +56,8 @@ def train(name: str, model_config: ModelConfig, data: Any, config: TrainerConfig
     from moe_mtl.trainer import Trainer
     from moe_mtl.two_stage import copy_routes, follows_routes
 
+    if config.out is None:
+        raise ValueError("trainer.out: name a folder for the run; only Trainer, called by hand, does without one")
     keep_freed_memory()
     set_seed(config.seed)
     from_data = data.model_args() if hasattr(data, "model_args") else {}

@@ -20,7 +20,7 @@ from moe_mtl.attention import AttentionBlock
 from moe_mtl.expert_stack import ExpertStack
 from moe_mtl.fields import FieldsConfig, FieldTrunk, field_encoder, field_weights
 from moe_mtl.registry import configure, register_model
-from moe_mtl.task_linear import select
+from moe_mtl.task_linear import append, select
 from moe_mtl.tasks import Task
 from moe_mtl.towers import Towers
 from moe_mtl.vector import VectorModel
@@ -98,6 +98,10 @@ class PatternSelector(nn.Module):
         asked = self.ask(torch.stack([self.indicators[i] for i in tasks]).to(x.dtype))
         hidden = F.relu(self.squeeze(x.mean(dim=-1)) + asked.unsqueeze(1))
         return x * field_weights(self.excite(hidden)).unsqueeze(-1)
+
+    def append_task(self, like: Sequence[int]) -> None:
+        """Adds, in place, the vector of one more task: the mean of those of these tasks, or fresh."""
+        append(self.indicators, like, torch.randn(self.indicators[0].shape))
 
     def for_tasks(self, tasks: Sequence[int]) -> Self:
         """A copy for these tasks alone, in this order."""

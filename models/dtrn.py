@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moe_mtl.expert_stack import ExpertStack
 from moe_mtl.fields import FieldsConfig, FieldTrunk, field_encoder, field_weights
 from moe_mtl.registry import configure, register_model
-from moe_mtl.task_linear import TaskLinear, select
+from moe_mtl.task_linear import TaskLinear, append, select
 from moe_mtl.tasks import Task
 from moe_mtl.towers import TaskMLP, Towers
 from moe_mtl.vector import VectorModel
@@ -52,6 +52,12 @@ class TaskFields(nn.Module):
         changed = fields + torch.matmul(fields.flatten(0, 1), maps).unflatten(1, fields.shape[:2])
         hidden = self.squeeze(changed.mean(dim=-1), tasks)
         return changed * field_weights(self.excite.blocks(hidden, tasks)).unsqueeze(-1)
+
+    def append_task(self, like: Sequence[int]) -> None:
+        """Adds, in place, the embedding and the net of one more task: the mean of those of these tasks, or fresh."""
+        append(self.embeddings, like, torch.randn(self.embeddings[0].shape))
+        self.squeeze.append_task(like)
+        self.excite.append_task(like)
 
     def for_tasks(self, tasks: Sequence[int]) -> Self:
         """A copy for these tasks alone, in this order."""

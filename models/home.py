@@ -152,6 +152,31 @@ class Hierarchy(nn.Module):
         shown = replace_task(category_routing, [number + c for c in held])
         return y, {"level.0": shown, "level.1": replace_task(task_routing, list(tasks))}
 
+    def check_like(self, like: Sequence[int]) -> None:
+        """Refuses what `add_task` cannot start from.
+
+        Raises:
+            ValueError: no task is named, or tasks of several categories; or as `moe_mtl.gates.Gate.check_like` has it.
+        """
+        found = {self.category_of[i] for i in like}
+        if len(found) != 1:
+            raise ValueError(
+                f"init_from: got tasks of {len(found)} categories; a new task joins one, and sees the experts of tasks "
+                "in it: name one task or several of one category"
+            )
+        self.second.check_like([self.outputs[i] for i in like])
+
+    def add_task(self, like: Sequence[int] = ()) -> None:
+        """Serves, in place, one more task: a stream of level 2 in the category of these tasks, over their experts."""
+        stream = 1 + max(self.second.streams)
+        self.second.add_stream(stream, [self.outputs[i] for i in like])
+        self.outputs = (*self.outputs, stream)
+        self.category_of = (*self.category_of, self.category_of[like[0]])
+
+    def own_parameters(self, task: int) -> list[nn.Parameter]:
+        """The parameters that serve one task alone: its stream's entries of the gates of level 2."""
+        return self.second.own_parameters(self.outputs[task])
+
     def for_tasks(self, tasks: Sequence[int]) -> Self:
         """A copy for these tasks alone: their category streams, gates and feature gates, and all experts."""
         streams = [self.outputs[i] for i in tasks]

@@ -21,7 +21,7 @@ from moe_mtl.attention import AttentionBlock
 from moe_mtl.fields import field_encoder
 from moe_mtl.registry import configure, register_model
 from moe_mtl.routing import Routing
-from moe_mtl.task_linear import TaskLinear, select
+from moe_mtl.task_linear import TaskLinear, append, select
 from moe_mtl.tasks import Task
 from moe_mtl.towers import Towers
 from moe_mtl.vector import VectorConfig, VectorModel
@@ -90,6 +90,17 @@ class TokenTrunk(nn.Module):
             if self.rows:
                 x = self.rows[i](x.transpose(0, 1)).transpose(0, 1)
         return x.transpose(0, 1), {}
+
+    def check_like(self, like: Sequence[int]) -> None:
+        """Refuses nothing."""
+
+    def add_task(self, like: Sequence[int] = ()) -> None:
+        """Serves, in place, one more task; its token starts as the mean of those of these tasks, or fresh."""
+        append(self.tokens, like, torch.empty(self.tokens[0].shape).normal_(std=STD))
+
+    def own_parameters(self, task: int) -> list[nn.Parameter]:
+        """The parameters that serve one task alone: its token."""
+        return [self.tokens[task]]
 
     def for_tasks(self, tasks: Sequence[int]) -> Self:
         """A copy with the tokens of these tasks alone, in this order."""

@@ -51,6 +51,16 @@ class Bottom(nn.Module):
         """The same vectors [b, h] for every task, [t, b, h], and no routing."""
         return self.mlp(x).transpose(0, 1).expand(len(tasks), -1, -1), {}
 
+    def check_like(self, like: Sequence[int]) -> None:
+        """Refuses nothing."""
+
+    def add_task(self, like: Sequence[int] = ()) -> None:
+        """Does nothing: nothing here belongs to a task."""
+
+    def own_parameters(self, task: int) -> list[nn.Parameter]:
+        """None."""
+        return []
+
     def for_tasks(self, tasks: Sequence[int]) -> Self:
         """A copy: nothing here belongs to a task."""
         return copy.deepcopy(self)

@@ -20,6 +20,7 @@ _PUBLIC = {
     "moefy": "moe_mtl.backbones",
     "extract": "moe_mtl.sparse",
     "add_task": "moe_mtl.new_task",
+    "finetune": "moe_mtl.fine_tuning",
     "task_similarity": "moe_mtl.similarity",
     "load": "moe_mtl.hub",
     "save": "moe_mtl.hub",
@@ -28,6 +29,7 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if _TYPE_CHECKING:
     from moe_mtl.backbones import moefy as moefy
+    from moe_mtl.fine_tuning import finetune as finetune
     from moe_mtl.hub import load as load
     from moe_mtl.hub import save as save
     from moe_mtl.new_task import add_task as add_task

@@ -135,9 +135,16 @@ class ExpertStack(nn.Module):
                 getattr(self, f"running_var_{layer}")[list(ids or ())] = var.view_as(scale)
         return y.view_as(z)
 
+    def copy_experts(self, ids: Sequence[int]) -> None:
+        """Adds, in place, copies of some experts, which take the last places; parameters are new."""
+        self.keep_experts([*range(self.num_experts), *ids])
+
     @torch.no_grad()
     def keep_experts(self, ids: Sequence[int]) -> None:
-        """Drops, in place, every expert but these, which take the places 0, 1, ...; parameters are new."""
+        """Drops, in place, every expert but these, which take the places 0, 1, ...; parameters are new.
+
+        One that is named twice is there twice.
+        """
         ids = list(ids)
         for entries in (getattr(self, name) for name in ("weight", "bias", "scale", "shift") if hasattr(self, name)):
             for i, parameter in enumerate(entries):

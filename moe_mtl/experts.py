@@ -181,6 +181,21 @@ class ExpertBank(nn.Module):
         bank.num_experts = len(ids)
         return bank
 
+    @torch.no_grad()
+    def copy_experts(self, ids: Sequence[int]) -> None:
+        """Adds, in place, copies of some experts, which take the last places. The parameters are new.
+
+        Args:
+            ids: of this bank's experts.
+
+        Raises:
+            ValueError: as in `keep_experts`.
+        """
+        ids = self._checked(ids)
+        for name, p in dict(self.named_parameters(recurse=False)).items():
+            setattr(self, name, nn.Parameter(torch.cat([p, p[ids]]), requires_grad=p.requires_grad))
+        self.num_experts += len(ids)
+
     def keep_experts(self, ids: Sequence[int]) -> None:
         """Drops, in place, the weights of every expert but these, which take the places 0, 1, ...
 

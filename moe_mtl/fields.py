@@ -11,6 +11,7 @@ from moe_mtl.columns import read_columns
 from moe_mtl.embeddings import FieldColumns
 from moe_mtl.expert_stack import ExpertStack
 from moe_mtl.routing import Routing
+from moe_mtl.task_linear import entries_of
 from moe_mtl.vector import VectorConfig
 
 
@@ -45,7 +46,7 @@ class FieldTrunk(nn.Module):
     """Fields as each task sees them, then one MLP on all fields side by side; a trunk without experts.
 
     Args:
-        refine: (fields [b, f, d], ids of tasks) to fields per task [t, b, f, d]; has `for_tasks`.
+        refine: (fields [b, f, d], ids of tasks) to fields per task [t, b, f, d]; has `for_tasks` and `append_task`.
         mlp: the MLP, as a stack of one.
     """
 
@@ -58,6 +59,18 @@ class FieldTrunk(nn.Module):
         """Vectors [t, b, h] of these tasks from fields [b, f, d], and no routing."""
         y = self.refine(fields, tasks)
         return self.mlp(y.flatten(2).flatten(0, 1)).view(*y.shape[:2], self.mlp.out_dim), {}
+
+    def check_like(self, like: Sequence[int]) -> None:
+        """Refuses nothing."""
+
+    def add_task(self, like: Sequence[int] = ()) -> None:
+        """Serves, in place, one more task; what is its own starts as the mean of that of these tasks, or fresh."""
+        self.refine.append_task(like)  # type: ignore[operator]
+
+    def own_parameters(self, task: int) -> list[nn.Parameter]:
+        """The parameters that serve one task alone."""
+        parameters = dict(self.refine.named_parameters())
+        return [parameters[name] for name in entries_of(self.refine, task)]
 
     def for_tasks(self, tasks: Sequence[int]) -> Self:
         """A copy for these tasks alone, in this order."""

@@ -86,6 +86,12 @@ class MoE(nn.Module):
         """Ids of the experts the layer holds, ascending: all of 0..e-1, unless some were dropped."""
         return list(range(self.gate.num_experts)) if self.gate.kept is None else self.gate.kept.tolist()
 
+    def give_experts(self, task: int, ids: Sequence[int]) -> None:
+        """Gives a task, in place, copies of some experts, which stand in for them; as `Gate.give_experts`."""
+        held = self.kept_experts
+        self.experts.copy_experts([held.index(e) for e in ids])
+        self.gate.give_experts(task, ids)
+
     def keep_experts(self, ids: Sequence[int]) -> None:
         """Drops, in place, every expert but these from the bank; the gate can no longer choose them.
 

@@ -122,6 +122,33 @@ class Level(nn.Module):
         sources = () if self.sources is None else (self.sources[e] for e in self.needed(streams))
         return sorted({*streams, *sources})
 
+    def check_like(self, streams: Sequence[int]) -> None:
+        """Refuses what `add_stream` cannot start from; see `moe_mtl.gates.Gate.check_like`."""
+        for gate in (self.gate, self.own):
+            if gate is not None:
+                gate.check_like([self.streams.index(s) for s in streams])
+
+    def add_stream(self, stream: int, like: Sequence[int] = ()) -> None:
+        """Adds, in place, an output stream that mixes the experts there are.
+
+        Args:
+            stream: its id, a new one.
+            like: ids of streams; its gate starts as the mean of theirs, fresh when empty.
+        """
+        for gate in (self.gate, self.own):
+            if gate is not None:
+                gate.add_task([self.streams.index(s) for s in like])
+        self.streams = (*self.streams, stream)
+
+    def own_parameters(self, stream: int) -> list[nn.Parameter]:
+        """The parameters of the gates that serve one output stream alone."""
+        return [
+            dict(gate.named_parameters())[name]
+            for gate in (self.gate, self.own)
+            if gate is not None
+            for name in gate.own_parameters(self.streams.index(stream))
+        ]
+
     def for_streams(self, streams: Sequence[int]) -> Self:
         """A copy with the gates of these output streams alone. Experts stay, whether these streams see them or not."""
         positions = [self.streams.index(s) for s in streams]
@@ -134,6 +161,14 @@ class Level(nn.Module):
     def kept_experts(self) -> list[int]:
         """Ids of the experts the level holds, ascending: all of 0..e-1, unless some were dropped."""
         return list(range(self.gate.num_experts)) if self.gate.kept is None else self.gate.kept.tolist()
+
+    def give_experts(self, place: int, ids: Sequence[int]) -> None:
+        """Gives the output stream at a place, in place, copies of some experts; as `Gate.give_experts`."""
+        held = self.kept_experts
+        self.experts.copy_experts([held.index(e) for e in ids])
+        self.gate.give_experts(place, ids)
+        if self.sources is not None:
+            self.sources = (*self.sources, *(self.sources[e] for e in ids))
 
     def keep_experts(self, ids: Sequence[int]) -> None:
         """Drops, in place, every expert but these; as `moe_mtl.layers.MoE.keep_experts`.
@@ -215,6 +250,33 @@ class Trunk(nn.Module):
         """A copy for these tasks alone, in this order: the gates of the streams they need, and all experts."""
         levels = [level.for_streams(s) for level, s in zip(self._levels(), self.plan(tasks), strict=True)]
         return type(self)(levels, [self.outputs[i] for i in tasks]).train(self.training)
+
+    def check_like(self, like: Sequence[int]) -> None:
+        """Refuses what `add_task` cannot start from.
+
+        Raises:
+            ValueError: as `moe_mtl.gates.Gate.check_like` has it.
+        """
+        for level in self._levels():
+            level.check_like([self.outputs[i] for i in like])
+
+    def add_task(self, like: Sequence[int] = ()) -> None:
+        """Serves, in place, one more task by a stream of its own through all levels, which mixes the experts there are.
+
+        Args:
+            like: ids of tasks; its gates start as the mean of theirs, fresh when empty.
+        """
+        stream = 1 + max(s for level in self._levels() for s in level.streams)
+        for level in self._levels():
+            level.add_stream(stream, [self.outputs[i] for i in like])
+        self.outputs = (*self.outputs, stream)
+
+    def own_parameters(self, task: int) -> list[nn.Parameter]:
+        """The parameters that serve one task alone: its stream's entries of the gates."""
+        stream = self.outputs[task]
+        if self.outputs.count(stream) > 1:
+            return []
+        return [p for level in self._levels() if stream in level.streams for p in level.own_parameters(stream)]
 
     def layout(self) -> dict[str, Any]:
         """What `build_trunk` builds this trunk from, as plain data."""

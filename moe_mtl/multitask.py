@@ -42,6 +42,47 @@ def task_ids(known: Sequence[Task], names: Sequence[str] | str, argument: str = 
     return tuple(order[name] for name in names)
 
 
+def check_new(known: Sequence[Task], task: Task, init_from: Sequence[str] | str | None) -> None:
+    """Refuses a task whose name is taken, and nearness, which a model does not measure.
+
+    Raises:
+        ValueError: says which.
+    """
+    (task,) = check_tasks([task])
+    names = [one.name for one in known]
+    if task.name in names:
+        raise ValueError(f"task: the model has a task {task.name!r}; choose another name, or rename that one")
+    if init_from == "nearest" and "nearest" not in names:
+        raise ValueError(
+            "init_from: which tasks are nearest is measured on samples; call "
+            "moe_mtl.add_task(model, task, init_from='nearest', data=samples)"
+        )
+
+
+def others(known: Sequence[Task], name: str) -> list[int]:
+    """The ids of all tasks but one.
+
+    Raises:
+        ValueError: there is no such task, or no other.
+    """
+    (gone,) = task_ids(known, [name], "name")
+    if len(known) == 1:
+        raise ValueError(f"name: {name!r} is the model's only task; add another first")
+    return [i for i in range(len(known)) if i != gone]
+
+
+def renamed(known: Sequence[Task], old: str, new: str) -> tuple[Task, ...]:
+    """The tasks, one of them with another name.
+
+    Raises:
+        ValueError: there is no such task, or the new name is taken or cannot be a name.
+    """
+    (i,) = task_ids(known, [old], "old")
+    if new != old and new in [task.name for task in known]:
+        raise ValueError(f"new: the model has a task {new!r}; choose another name, or rename that one first")
+    return (*known[:i], replace(known[i], name=new), *known[i + 1 :])
+
+
 def present_ids(x: Tensor, ids: Tensor, count: int) -> list[int]:
     """The distinct task ids of a batch, ascending.
 
@@ -185,7 +226,7 @@ class MultiTaskModel(nn.Module):
         memo[id(self.heads)] = nn.ModuleDict(heads).train(self.heads.training)
         model: Any = copy.deepcopy(self, memo)
         model.tasks = tuple(self.tasks[i] for i in ids)
-        model._note_gates()
+        model.note_experts()
         return model
 
     def add_task(self, task: Task, init_from: Sequence[str] | str | None = None) -> Self:
@@ -206,14 +247,7 @@ class MultiTaskModel(nn.Module):
             ValueError: the name is taken; a task of `init_from` is unknown; routers that have no mean, or gates or a
                 model that take no new task. The model is then as it was.
         """
-        (task,) = check_tasks([task])
-        if task.name in self.heads:
-            raise ValueError(f"task: the model has a task {task.name!r}; choose another name, or rename that one")
-        if init_from == "nearest" and "nearest" not in self.heads:
-            raise ValueError(
-                "init_from: which tasks are nearest is measured on samples; call "
-                "moe_mtl.add_task(model, task, init_from='nearest', data=samples)"
-            )
+        check_new(self.tasks, task, init_from)
         like = () if init_from is None else task_ids(self.tasks, init_from, "init_from")
         head = self.fresh_head(task)
         gates = dict.fromkeys(layer.gate for layer in self.moe_layers.values())
@@ -223,7 +257,7 @@ class MultiTaskModel(nn.Module):
             gate.add_task(like)
         self.heads[task.name] = head
         self.tasks = (*self.tasks, task)
-        self._note_gates()
+        self.note_experts()
         return self
 
     def own_parameters(self, name: str) -> list[nn.Parameter]:
@@ -261,17 +295,14 @@ class MultiTaskModel(nn.Module):
         Raises:
             ValueError: there is no such task, or no other.
         """
-        (gone,) = task_ids(self.tasks, [name], "name")
-        kept = [i for i in range(len(self.tasks)) if i != gone]
-        if not kept:
-            raise ValueError(f"name: {name!r} is the model's only task; add another first")
+        kept = others(self.tasks, name)
         layers = self.moe_layers.values()
         gates = {gate: gate.for_tasks(kept) for gate in dict.fromkeys(layer.gate for layer in layers)}
         for layer in layers:
             layer.gate = gates[layer.gate]
         del self.heads[name]
         self.tasks = tuple(self.tasks[i] for i in kept)
-        self._note_gates()
+        self.note_experts()
         return self
 
     def rename_task(self, old: str, new: str) -> Self:
@@ -283,22 +314,27 @@ class MultiTaskModel(nn.Module):
         Raises:
             ValueError: there is no such task, or the new name is taken or cannot be a name.
         """
-        (i,) = task_ids(self.tasks, [old], "old")
-        if new != old and new in self.heads:
-            raise ValueError(f"new: the model has a task {new!r}; choose another name, or rename that one first")
-        renamed = replace(self.tasks[i], name=new)
+        tasks = renamed(self.tasks, old, new)
         heads = {new if name == old else name: head for name, head in self.heads.items()}
         self.heads.clear()
         self.heads.update(heads)
-        self.tasks = (*self.tasks[:i], renamed, *self.tasks[i + 1 :])
+        self.tasks = tasks
         return self
 
-    def _note_gates(self) -> None:
-        """Writes what gates hold per task into the configuration the model is saved with."""
-        args = getattr(self, "config", {}).get("args", {})
-        if "gate_args" in args:
-            for layer in self.moe_layers.values():
+    def head(self, name: str) -> Callable[[Features], Tensor]:
+        """The head of a task, from the features of its route."""
+        return self.heads[name]
+
+    def note_experts(self) -> None:
+        """Writes what experts there are and what gates hold per task into the configuration that is saved."""
+        config = getattr(self, "config", {})
+        args = config.get("args", {})
+        for name, layer in self.moe_layers.items():
+            if "gate_args" in args:
                 args["gate_args"].update(layer.gate.task_options())
+                args["experts"] = layer.gate.num_experts
+            if name in config.get("kept_experts", {}):
+                config["kept_experts"][name] = layer.kept_experts
 
     def valid_tokens(self, x: Any) -> Tensor | None:
         """Which tokens of an input are no padding, bool [b, n]; None where all are, as for images."""

@@ -18,13 +18,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_mtl.multitask import MultiTaskModel
-from moe_mtl.similarity import By, task_similarity
+from moe_mtl.diagnostics import expert_usage
+from moe_mtl.gates import VisibleExperts
+from moe_mtl.new_experts import task_layers
+from moe_mtl.samples import inputs_of, read_samples
+from moe_mtl.similarity import By, Routed, task_similarity
 from moe_mtl.tasks import Task
+
+MEASURED = ("nearest", "most_used")
+MOST = 0.8  # share of the gates' weights
+USAGE = 256  # samples it is measured on
 
 
 def add_task(
-    model: MultiTaskModel,
+    model: Routed,
     task: Task,
     init_from: Sequence[str] | str | None = None,
     *,
@@ -32,14 +39,16 @@ def add_task(
     neighbours: int = 2,
     by: By = "fisher",
     **options: Any,
-) -> MultiTaskModel:
-    """`MultiTaskModel.add_task`, which also finds the tasks to start from.
+) -> Routed:
+    """`model.add_task`, which also finds the tasks to start from.
 
     Args:
         model: changed in place; routed by task or not.
         task: of a new name.
-        init_from: "nearest", tasks of the model, or None for fresh routers.
-        data: for "nearest", samples of the new task and of those of the model; see `task_similarity`.
+        init_from: "nearest"; "most_used", for fresh routers that see the experts alone which take most of the gates'
+            weights on some samples, over all tasks; tasks of the model; or None for fresh routers.
+        data: for "nearest", samples of the new task and of those of the model, see `task_similarity`; for "most_used",
+            samples of the new task, whose labels are not read.
         neighbours: how many of the nearest. Some gates have no mean of several tasks, and want 1.
         by: what nearness is measured by, "fisher", "gradient" or "embedding".
         options: further arguments of `task_similarity`.
@@ -48,18 +57,23 @@ def add_task(
         The model. Which tasks were found is printed to stderr.
 
     Raises:
-        ValueError: a model that is no `MultiTaskModel`; "nearest" without data, or data without it; or what
-            `MultiTaskModel.add_task` and `task_similarity` refuse.
+        ValueError: a model that takes no new task; "nearest" without data, or data without it; or what
+            `model.add_task` and `task_similarity` refuse.
     """
-    if not isinstance(model, MultiTaskModel):
-        raise ValueError(f"model: a {type(model).__name__} takes no new task; expected a MultiTaskModel")
-    if init_from != "nearest" or "nearest" in model.heads:
-        if data is not None or options:
-            given = ", ".join(["data"] * (data is not None) + list(options))
+    if not hasattr(model, "add_task"):
+        raise ValueError(f"model: a {type(model).__name__} takes no new task; expected a MultiTaskModel or VectorModel")
+    measured = init_from in MEASURED and init_from not in [one.name for one in model.tasks]
+    if not measured or (init_from == "most_used" and options):
+        given = ", ".join(["data"] * (data is not None and not measured) + list(options))
+        if given:
             raise ValueError(f"init_from: got {init_from!r}, but {given} are for init_from='nearest'; leave them out")
         return model.add_task(task, init_from)
     if data is None:
-        raise ValueError("data: init_from='nearest' is measured; pass samples of the new task and of the model's tasks")
+        raise ValueError(
+            f"data: init_from={init_from!r} is measured; pass samples, for 'nearest' of the new task and of the model's"
+        )
+    if init_from == "most_used":
+        return _over_most_used(model, task, data)
     if neighbours < 1:
         raise ValueError(f"neighbours: got {neighbours}, expected at least 1")
     near = list(task_similarity(model, task, data, by=by, **options).items())[:neighbours]
@@ -68,7 +82,33 @@ def add_task(
     return model
 
 
-def parameters_of_task(model: MultiTaskModel, name: str) -> list[str]:
+def _over_most_used(model: Routed, task: Task, data: Any) -> Routed:
+    """Adds a task whose fresh routers see only the experts that take most of the gates' weights on some samples."""
+    usage = expert_usage(model, inputs_of(model, read_samples(model, data, "data"), USAGE))
+    for name, (layer, _) in task_layers(model, 0).items():
+        if not isinstance(layer.gate, VisibleExperts):
+            raise ValueError(
+                f"init_from: {type(layer.gate).__name__} of {name} shows all experts to all tasks, so none can start "
+                "from the most used; name tasks, or leave it out"
+            )
+    model.add_task(task)
+    new, shown = len(model.tasks) - 1, []
+    for name, (layer, place) in task_layers(model, new).items():
+        share = usage[name].mass.nanmean(dim=0)
+        ids, total = [], 0.0
+        for e in sorted(layer.kept_experts, key=lambda e: -float(share[e])):
+            if total >= MOST and len(ids) >= min(layer.gate.k, len(layer.kept_experts) // 2):
+                break
+            ids.append(e)
+            total += float(share[e])
+        layer.gate.show_only(place, sorted(ids))
+        shown.append(f"{name}: {len(ids)} of {len(layer.kept_experts)} experts")
+    model.note_experts()
+    print(f"add_task: {task.name} starts from {'; '.join(shown)}", file=sys.stderr)
+    return model
+
+
+def parameters_of_task(model: Routed, name: str) -> list[str]:
     """Names of the parameters that serve one task alone, as `model.own_parameters` has them.
 
     Raises:
@@ -78,7 +118,7 @@ def parameters_of_task(model: MultiTaskModel, name: str) -> list[str]:
     return [full for full, p in model.named_parameters() if id(p) in own]
 
 
-def train_only(model: MultiTaskModel, name: str) -> dict[str, float]:
+def train_only(model: Routed, name: str) -> dict[str, float]:
     """`TrainerConfig.lr_scales` with which a task's own parameters learn and everything else is frozen.
 
     The trainer freezes in place: `model.requires_grad_(True)` undoes it, where no gate was made frozen.

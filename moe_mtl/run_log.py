@@ -18,13 +18,13 @@ class RunLog:
     """Opened with `with`. Drops the records past `step`, which a resumed run will write again.
 
     Args:
-        out: folder of the run.
+        out: folder of the run; None for the terminal alone.
         step: updates done.
         steps: updates of the whole run.
         progress: show a live line, or a line per record where there is no terminal.
     """
 
-    def __init__(self, out: Path, *, step: int, steps: int, progress: bool = True):
+    def __init__(self, out: Path | None, *, step: int, steps: int, progress: bool = True):
         self.out, self.step, self.steps, self.progress = out, step, steps, progress
 
     def __enter__(self) -> "RunLog":
@@ -34,26 +34,31 @@ class RunLog:
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self.display = Progress(*columns, console=console, disable=not self.live)
         self.bar = self.display.add_task("", total=self.steps, completed=self.step)
-        path = self.out / "metrics.jsonl"
-        kept = [line for line in _whole_records(path) if json.loads(line)["step"] <= self.step]
-        hub.replace_file(path, lambda temporary: temporary.write_text("".join(kept)))
-        self.file = path.open("a")
-        self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
+        self.file = self.board = None
+        if self.out is not None:
+            path = self.out / "metrics.jsonl"
+            kept = [line for line in _whole_records(path) if json.loads(line)["step"] <= self.step]
+            hub.replace_file(path, lambda temporary: temporary.write_text("".join(kept)))
+            self.file = path.open("a")
+            self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
         self.display.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.display.stop()
-        self.file.close()
-        self.board.close()
+        if self.file is not None and self.board is not None:
+            self.file.close()
+            self.board.close()
 
     def record(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Writes one record; numbers that are not finite become null, which JSON has."""
-        self.file.write(json.dumps({"step": step, "split": split, **_finite(values)}, allow_nan=False) + "\n")
-        self.file.flush()
-        for name, value in _flat(values):
-            self.board.add_scalar(f"{split}/{name}", value, step)
-        shown = values.get("loss") or {t: next(iter(m.values())) for t, m in values.get("metrics", {}).items() if m}
+        if self.file is not None and self.board is not None:
+            self.file.write(json.dumps({"step": step, "split": split, **_finite(values)}, allow_nan=False) + "\n")
+            self.file.flush()
+            for name, value in _flat(values):
+                self.board.add_scalar(f"{split}/{name}", value, step)
+        scores = {t: next(iter(m.values())) for t, m in values.get("metrics", {}).items() if m}
+        shown = scores or values.get("loss", {})
         text = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
         if self.live:
             if split == "val":
@@ -65,8 +70,9 @@ class RunLog:
 
     def flush(self) -> None:
         """Puts the records on disk."""
-        checkpoints.flush_to_disk(self.out / "metrics.jsonl")
-        self.board.flush()
+        if self.out is not None and self.board is not None:
+            checkpoints.flush_to_disk(self.out / "metrics.jsonl")
+            self.board.flush()
 
 
 def _whole_records(path: Path) -> Sequence[str]:

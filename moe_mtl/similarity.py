@@ -13,7 +13,7 @@ Differs: the network is the multi-task model itself, and the new task takes the 
     Gradient: TAG's affinity to first order without its scale, at the end of the training instead of all along it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -21,17 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from moe_mtl.batches import shuffled
-from moe_mtl.data import collate
-from moe_mtl.data._texts import pad_batch
+from moe_mtl.data import collate, pad_batch
+from moe_mtl.heads import Features
 from moe_mtl.multitask import MultiTaskModel, evaluating, move
 from moe_mtl.tasks import Task, nearest
+from moe_mtl.vector import VectorModel
+
+Routed = MultiTaskModel | VectorModel
 
 By = Literal["fisher", "gradient", "embedding"]
 Batches = list[dict[str, Any]]
+Head = Callable[[Features], Tensor]
 
 
 def task_similarity(
-    model: MultiTaskModel,
+    model: Routed,
     task: Task,
     data: Any,
     *,
@@ -102,7 +106,7 @@ def task_similarity(
                     torch.manual_seed(seed)
                     head = fit_head(model, task, new, route, head_steps, head_lr)
                     ours = shared_gradient(model, task, new, head, route, squared=by == "fisher")
-                    head = model.heads[one.name]
+                    head = model.head(one.name)
                     theirs = shared_gradient(model, one, batches[one.name], head, route, squared=by == "fisher")
                     values[one.name] = cosine(ours, theirs)
     return dict(sorted(values.items(), key=lambda pair: -pair[1]))
@@ -130,7 +134,7 @@ def draw(data: Any, tasks: Sequence[Task], count: int, seed: int) -> dict[str, l
     return {name: rows for name, rows in found.items() if rows}
 
 
-def _batches(model: MultiTaskModel, rows: Sequence[Mapping[str, Any]], task: Task, size: int) -> Batches:
+def _batches(model: Routed, rows: Sequence[Mapping[str, Any]], task: Task, size: int) -> Batches:
     parts = [rows[at : at + size] for at in range(0, len(rows), size)]
     if model.input != "text":
         return [collate(part, [task], inputs=(model.input,)) for part in parts]
@@ -142,14 +146,14 @@ def _batches(model: MultiTaskModel, rows: Sequence[Mapping[str, Any]], task: Tas
 
 
 @torch.no_grad()
-def mean_features(model: MultiTaskModel, batches: Batches) -> Tensor:
+def mean_features(model: Routed, batches: Batches) -> Tensor:
     """The mean over samples and over the routes of all tasks of the pooled features, float64 [d]."""
     ids = tuple(range(len(model.tasks))) if len(model.tasks) > 1 else 0
     pooled = [model.features(batch[model.input], ids)[0].pooled.double() for batch in batches]
     return torch.stack([rows.sum(dim=0) for rows in pooled]).sum(dim=0) / sum(len(rows) for rows in pooled)
 
 
-def fit_head(model: MultiTaskModel, task: Task, batches: Batches, route: int, steps: int, lr: float) -> nn.Module:
+def fit_head(model: Routed, task: Task, batches: Batches, route: int, steps: int, lr: float) -> nn.Module:
     """A head for a task, trained for so many updates on the features that the route of another gives its samples."""
     with torch.no_grad():
         seen = [(model.features(batch[model.input], route)[0], batch[task.name]) for batch in batches]
@@ -164,15 +168,16 @@ def fit_head(model: MultiTaskModel, task: Task, batches: Batches, route: int, st
     return head
 
 
-def shared_parameters(model: MultiTaskModel) -> list[nn.Parameter]:
+def shared_parameters(model: Routed) -> list[nn.Parameter]:
     """The parameters that neither a head nor a gate holds."""
-    gates = [layer.gate for layer in model.moe_layers.values()]
-    own = {id(p) for module in (model.heads, *gates) for p in module.parameters()}
+    gates = [gate for layer in model.moe_layers.values() for gate in (layer.gate, getattr(layer, "own", None)) if gate]
+    own = {id(p) for gate in gates for p in gate.parameters()}
+    own |= {id(p) for task in model.tasks for p in model.own_parameters(task.name)}
     return [p for p in model.parameters() if id(p) not in own]
 
 
 def shared_gradient(
-    model: MultiTaskModel, task: Task, batches: Batches, head: nn.Module, route: int, *, squared: bool
+    model: Routed, task: Task, batches: Batches, head: Head, route: int, *, squared: bool
 ) -> list[Tensor]:
     """The gradient for the shared parameters of a task's loss, its samples on the route of a task of the model.
 

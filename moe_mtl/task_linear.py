@@ -21,6 +21,12 @@ def select(parameters: nn.ParameterList, tasks: Sequence[int]) -> nn.ParameterLi
     return nn.ParameterList([copy.deepcopy(parameters[i]) for i in tasks])
 
 
+def entries_of(module: nn.Module, task: int) -> list[str]:
+    """Names, as `named_parameters` has them, of a task's entry of every list in a module that has an entry per task."""
+    lists = {name: part for name, part in module.named_modules() if isinstance(part, nn.ParameterList)}
+    return [f"{name}.{task}".lstrip(".") for name, entries in lists.items() if task < len(entries)]
+
+
 @torch.no_grad()
 def append(parameters: nn.ParameterList, tasks: Sequence[int], fresh: Tensor) -> None:
     """Adds, in place, an entry, a parameter of its own: the mean of these entries, or `fresh` where none is named.
@@ -85,12 +91,27 @@ class TaskLinear(nn.Module):
         for parameter in self.parameters():
             parameter.zero_()
 
-    def append_task(self, like: Sequence[int] = ()) -> None:
-        """Adds, in place, a map for one more task: the mean of those of these tasks, or a fresh one."""
-        out, dim = self.weight[like[0] if like else -1].shape
-        append(self.weight, like, uniform_parameter(out, dim, fan_in=dim))
+    def append_task(self, like: Sequence[int] = (), out: int | None = None) -> None:
+        """Adds, in place, a map for one more task: the mean of those of these tasks, or a fresh one.
+
+        Args:
+            like: ids of tasks.
+            out: outputs of a fresh map; as many as the last one has when None.
+        """
+        rows, dim = self.weight[like[0] if like else -1].shape
+        wide: int = rows if out is None else out
+        append(self.weight, like, uniform_parameter(wide, dim, fan_in=dim))
         if self.bias is not None:
-            append(self.bias, like, torch.zeros(out))
+            append(self.bias, like, torch.zeros(wide))
+
+    @torch.no_grad()
+    def append_outputs(self, like: Sequence[int], task: int) -> None:
+        """Adds, in place, outputs to every map: those of one task are copies of some that it has, the others' zero."""
+        ids = list(like)
+        for entries in (self.weight, self.bias):
+            for i, p in enumerate(() if entries is None else entries):
+                rows = p[ids] if i == task else torch.zeros_like(p[ids])
+                entries[i] = nn.Parameter(torch.cat([p, rows]), requires_grad=p.requires_grad)  # type: ignore[index]
 
     def keep_tasks(self, tasks: Sequence[int]) -> None:
         """Drops, in place, every map but these, which take the places 0, 1, ..."""

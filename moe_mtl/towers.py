@@ -36,6 +36,11 @@ class TaskMLP(nn.Module):
             x = F.dropout(F.relu(layer.blocks(x, ids)), self.dropout, self.training)  # type: ignore[operator]
         return x if x.ndim == 3 else x.expand(len(ids), -1, -1)
 
+    def append_task(self, like: Sequence[int] = ()) -> None:
+        """Adds, in place, the layers of one more task: the mean of those of these tasks, or fresh ones."""
+        for layer in self.layers:
+            layer.append_task(like)  # type: ignore[operator]
+
     def for_tasks(self, ids: Sequence[int]) -> Self:
         """A copy that serves these tasks alone, in this order."""
         small = type(self).__new__(type(self))
@@ -62,10 +67,7 @@ class Towers(TaskMLP):
 
     def __init__(self, tasks: Sequence[Task], dim: int, hidden: Sequence[int] = (64,), dropout: float = 0.0):
         for task in tasks:
-            if task.is_dense or task.kind == "tagging":
-                raise ValueError(
-                    f"tasks: {task.name!r} of kind {task.kind} needs an image or tokens; towers read one vector"
-                )
+            check_vector_task(task)
         super().__init__(dim, hidden, len(tasks), dropout)
         self.tasks = tuple(tasks)
         self.out = TaskLinear(self.out_dim, [task.channels for task in tasks], len(tasks), bias=True)
@@ -74,6 +76,17 @@ class Towers(TaskMLP):
         """Predictions of the tasks with these ids, {name: [b] or [b, c]}, from a vector for each, [t, b, d]."""
         y = self.out.blocks(super().forward(x, ids), ids)
         return {self.tasks[i].name: self._shaped(self.tasks[i], one) for i, one in zip(ids, y.unbind(0), strict=True)}
+
+    def add_task(self, task: Task) -> None:
+        """Adds, in place, a fresh tower for one more task.
+
+        Raises:
+            ValueError: it predicts something per pixel or token.
+        """
+        check_vector_task(task)
+        self.append_task()
+        self.out.append_task(out=task.channels)
+        self.tasks = (*self.tasks, task)
 
     @staticmethod
     def _shaped(task: Task, y: Tensor) -> Tensor:
@@ -88,3 +101,13 @@ class Towers(TaskMLP):
         small = super().for_tasks(ids)
         small.tasks, small.out = tuple(self.tasks[i] for i in ids), self.out.for_tasks(ids)
         return small.train(self.training)
+
+
+def check_vector_task(task: Task) -> None:
+    """Refuses a task that one vector per sample does not tell.
+
+    Raises:
+        ValueError: it predicts something per pixel or token.
+    """
+    if task.is_dense or task.kind == "tagging":
+        raise ValueError(f"tasks: {task.name!r} of kind {task.kind} needs an image or tokens; towers read one vector")

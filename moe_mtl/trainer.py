@@ -19,8 +19,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,10 @@ from moe_mtl.balancing import create_balancer
 from moe_mtl.batches import ShuffledBatches, SourceBatches, in_order, one_task_each
 from moe_mtl.data import collate
 from moe_mtl.diagnostics import BRIEF, ExpertUsage, diagnose
+from moe_mtl.early_stopping import EarlyStopping
 from moe_mtl.gates import Gate
-from moe_mtl.multitask import SingleTaskSet, count_rows, move
+from moe_mtl.multitask import SingleTaskSet, count_rows, move, task_ids
+from moe_mtl.parameter_groups import frozen_statistics, parameter_groups
 from moe_mtl.run_log import RunLog
 from moe_mtl.scoring import TaskMetrics
 from moe_mtl.tasks import Task
@@ -54,54 +56,6 @@ class TrainingDiverged(RuntimeError):
     """A loss or the gradient is NaN or infinite; the message names the task and the step."""
 
 
-def decays(model: nn.Module) -> dict[str, bool]:
-    """Whether weight decay applies to each trainable parameter: not to vectors, biases, embeddings and tokens.
-
-    A model may name further exceptions in `no_weight_decay()`, as timm's models do.
-    """
-    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            exempt.add(f"{path}.weight".lstrip("."))
-    found = {}
-    for name, parameter in model.named_parameters():
-        leaf = name.rpartition(".")[2]
-        # the biases of stacked experts are matrices: [e, h]
-        vector = parameter.ndim < 2 or leaf in ("b1", "b2") or leaf.endswith(("bias", "embed", "embedding", "token"))
-        if parameter.requires_grad:
-            found[name] = not vector and name not in exempt
-    return found
-
-
-def parameter_groups(model: nn.Module, config: TrainerConfig) -> list[dict[str, Any]]:
-    """The trainable parameters by weight decay and factor on the learning rate, decayed ones first.
-
-    Parameters with the factor 0 are frozen, in place: they get no gradient and no weight decay.
-
-    Raises:
-        ValueError: a pattern of `lr_scales` that no parameter's name matches, a factor below 0, or nothing to train.
-    """
-    decayed, parameters = decays(model), dict(model.named_parameters())
-    for pattern, factor in config.lr_scales.items():
-        if not factor >= 0:
-            raise ValueError(f"lr_scales: got {factor} for {pattern!r}, expected at least 0, which freezes")
-        if not any(fnmatch(name, pattern) for name in decayed):
-            raise ValueError(f"lr_scales: {pattern!r} matches no trainable parameter; they are named as {min(decayed)}")
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name in sorted(decayed, key=decayed.__getitem__, reverse=True):  # stable: the model's order within each
-        scale = [1.0, *(factor for pattern, factor in config.lr_scales.items() if fnmatch(name, pattern))][-1]
-        if scale:
-            groups.setdefault((decayed[name], scale), []).append(parameters[name])
-        else:
-            parameters[name].requires_grad_(False)
-    if not groups:
-        raise ValueError("lr_scales: freezes every parameter; nothing is left to train")
-    return [
-        {"params": found, "weight_decay": config.weight_decay if decay else 0.0, "scale": scale}
-        for (decay, scale), found in groups.items()
-    ]
-
-
 class Trainer:
     """Trains one model on one data set.
 
@@ -112,6 +66,8 @@ class Trainer:
         data: has `task_list()`, and `split("train")` and `split("val")`, map-style data sets of samples; see
             `moe_mtl.data`.
         config: how.
+        tasks: names of the tasks to train and to score; all that the model predicts when None. The data need not know
+            the others.
         run: JSON-ready description of model and data, to refuse going on with different ones; `train.py` gives the
             whole recipe.
 
@@ -119,22 +75,32 @@ class Trainer:
         ValueError: the configuration names something unknown or does not fit the model.
     """
 
-    def __init__(self, model: nn.Module, data: Any, config: TrainerConfig, run: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        config: TrainerConfig,
+        run: Mapping[str, Any] | None = None,
+        *,
+        tasks: Sequence[str] | None = None,
+    ):
         self.config, self.data, self.model = config, data, model
         self.tasks: tuple[Task, ...] = tuple(model.tasks)  # type: ignore[arg-type]
         self.input: str = getattr(model, "input", "image")
-        names = [task.name for task in self.tasks]
+        ids = range(len(self.tasks)) if tasks is None else sorted(task_ids(self.tasks, tasks))
+        self.trained = tuple(self.tasks[i] for i in ids)
+        names = [task.name for task in self.trained]
         if config.tasks_per_step is not None and config.tasks_per_step > len(names):
             raise ValueError(f"tasks_per_step: got {config.tasks_per_step}, the model has {len(names)} tasks: {names}")
         if lacking := sorted(set(names) - {task.name for task in data.task_list()}):
             raise ValueError(f"data: has no task {', '.join(lacking)}, which the model predicts")
         regularizers.check(config.regularizers, config.regularizer_args)
-        TaskMetrics(self.tasks)  # refuses a metric that does not fit its task now, not at the first evaluation
+        TaskMetrics(self.trained)  # refuses a metric that does not fit its task now, not at the first evaluation
         how = dataclasses.asdict(config)
         for name in ("resume", "overwrite"):  # orders for one start; a file of a run must not repeat them
             del how[name]
         self.run = json.loads(json.dumps({**(run or {}), "trainer": how}, default=str))
-        self.out = Path(config.out)
+        self.out = None if config.out is None else Path(config.out)
 
         # mixed_precision is a setting of the process in accelerate; ours belongs to the run
         self.accelerator = Accelerator(
@@ -160,13 +126,17 @@ class Trainer:
         # one pass over the weights: on a CPU a sixth of the time for an encoder's 22 million
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
+        self.early = None if config.patience is None else EarlyStopping(model, config.patience)
+        self.still = frozen_statistics(model)
         self.step = 0
         self.seconds = 0.0  # of training, without evaluation and checkpoints, over all restarts
         self.task_sampler = torch.Generator().manual_seed(config.seed)
         self.window: dict[str, list[float]] = {}  # per quantity its sum and count since the last record
 
     def fit(self, on_step: Callable[[int, Scalars], None] | None = None) -> nn.Module:
-        """Trains to the end, from the last checkpoint if there is one, and saves the model (one of `create_model`).
+        """Trains to the end, or as long as patience lasts, from the last checkpoint if there is one.
+
+        The model, if it is one of `create_model`, is saved in `out`.
 
         Args:
             on_step: called after each update and its checkpoint with the number of updates done and the losses.
@@ -181,8 +151,7 @@ class Trainer:
         config = self.config
         train = self.data.split("train")
         val = self.data.split("val") if config.eval_every else None
-        random_state = self._open_run()
-        hub.replace_file(self.out / "run.json", lambda path: path.write_text(json.dumps(self.run, indent=1) + "\n"))
+        random_state = None if self.out is None else self._open_run(self.out)
         loader = iter(self._loader(train, batch_sampler=self._batches(train)))
         if random_state is None:
             set_seed(config.seed)
@@ -190,7 +159,7 @@ class Trainer:
             checkpoints.set_random_state(random_state)
 
         with RunLog(self.out, step=self.step, steps=config.steps, progress=config.progress) as log:
-            while self.step < config.steps:
+            while self.step < config.steps and not (self.early and self.early.over):
                 began = time.perf_counter()
                 losses = self._update(next(loader))
                 self.step += 1
@@ -199,25 +168,37 @@ class Trainer:
                 if self.step % config.log_every == 0 or last:
                     log.record(self.step, "train", self._summary())
                 if val is not None and (self.step % config.eval_every == 0 or last):
-                    log.record(self.step, "val", self.evaluate(val))
-                if self.step % config.save_every == 0 or last:
+                    found = self.evaluate(val)
+                    log.record(self.step, "val", found)
+                    if self.early is not None:
+                        self.early.update(self.step, _mean(found["loss"].values()))
+                        last = last or self.early.over
+                if self.out is not None and (self.step % config.save_every == 0 or last):
                     log.flush()  # a checkpoint never knows more than the log
-                    if last and hasattr(self.model, "config"):
-                        hub.save(self.model, self.out)  # first: the last checkpoint marks the run as finished
-                    elif last:
-                        print(f"{self.out} gets no model folder: only models of create_model can be saved by name")
-                    self._save()
+                    if last:
+                        self._save_model(self.out)  # first: the last checkpoint marks the run as finished
+                    self._save(self.out)
                 if on_step is not None:
                     on_step(self.step, losses)
+        if self.early is not None:
+            self.early.restore()
         return self.model.eval()
+
+    def _save_model(self, out: Path) -> None:
+        if not hasattr(self.model, "config"):
+            print(f"{out} gets no model folder: only models of create_model can be saved by name")
+            return
+        with nullcontext() if self.early is None else self.early.restored():
+            hub.save(self.model, out)
 
     def _update(self, batch: Batch) -> Scalars:
         """One optimizer update. Returns the loss of each task that had a label."""
         config, step = self.config, self.step + 1
-        names = [task.name for task in self.tasks]
+        names = [task.name for task in self.trained]
         if config.tasks_per_step is not None:
             drawn = torch.randperm(len(names), generator=self.task_sampler)[: config.tasks_per_step]
             names = [names[i] for i in sorted(drawn.tolist())]
+        batch = {key: value for key, value in batch.items() if key == self.input or key in names}
         ids = None
         if config.batches == "alternating":
             names = [names[self.step % len(names)]]
@@ -233,6 +214,8 @@ class Trainer:
             return {}
 
         self.parallel.train()
+        for module in self.still:
+            module.eval()
         for module in self.model.modules():
             if isinstance(module, Gate):
                 module.anneal(self.step / config.steps)
@@ -309,27 +292,37 @@ class Trainer:
         """Scores a data set. Leaves all random generators as they were.
 
         Returns:
+            loss: {task: its mean over the labels}.
             metrics: {task: {metric: value}}.
             routing: {layer: {mutual_information, load_entropy, dead_experts}}, see `moe_mtl.diagnostics.diagnose`;
                 empty for a dense model.
         """
         before = checkpoints.random_state()
-        metrics, usage = TaskMetrics(self.tasks), ExpertUsage.of(self.model)
+        metrics, usage = TaskMetrics(self.trained), ExpertUsage.of(self.model)
+        totals: dict[str, list[float]] = {}  # per task its losses, each times its labels, and labels
         self.parallel.eval()
         order = in_order(dataset, self.config.batch_size, self.config.val_limit)
         for batch in self._loader(dataset, batch_sampler=order):
-            names = [task.name for task in self.tasks if task.name in batch]
+            scored = [task for task in self.trained if task.name in batch]
+            names = [task.name for task in scored]
             if not names:  # nothing to score
                 continue
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 x = move(batch[self.input], self.device)
                 predictions, routings = self.parallel(x, tasks=names, return_routing=True)
-            metrics.update({name: p.float().cpu() for name, p in predictions.items()}, batch)
+            predictions = {name: p.float().cpu() for name, p in predictions.items()}
+            for task in scored:
+                if labels := int(task.valid(batch[task.name]).sum()):
+                    total = totals.setdefault(task.name, [0.0, 0])
+                    total[0] += labels * float(task.compute_loss(predictions[task.name], batch[task.name]))
+                    total[1] += labels
+            metrics.update(predictions, batch)
             usage.update(routings)
         checkpoints.set_random_state(before)
         layers = {layer: diagnose(shares) for layer, shares in usage.compute().items()}
         brief = {layer: {name: found[name] for name in BRIEF} for layer, found in layers.items()}
-        return {"metrics": metrics.compute(), "routing": brief}
+        losses = {name: total / labels for name, (total, labels) in totals.items()}
+        return {"loss": losses, "metrics": metrics.compute(), "routing": brief}
 
     def _batches(self, train: Any) -> Sampler[list[int]]:
         """The order of the training samples, from the present update on.
@@ -343,7 +336,7 @@ class Trainer:
         sources, turns = getattr(train, "sources", None), None
         if config.batches == "alternating":
             every = range(len(train))
-            turns = [task.name for task in self.tasks]
+            turns = [task.name for task in self.trained]
             sources = {name: train.labelled(name) if hasattr(train, "labelled") else every for name in turns}
         elif config.batches == "shuffled":
             sources = {"": range(len(train))}
@@ -365,7 +358,7 @@ class Trainer:
     def _loader(self, dataset: Any, **how: Any) -> DataLoader:
         # its own generator: else making an iterator would draw from the global one
         own = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-        together = partial(collate, tasks=self.tasks, inputs=(self.input,))
+        together = partial(collate, tasks=self.trained, inputs=(self.input,))
         return DataLoader(dataset, num_workers=self.config.num_workers, generator=own, collate_fn=together, **how)
 
     def _note(self, values: Mapping[str, float]) -> None:
@@ -384,37 +377,49 @@ class Trainer:
         return record | {"factor": self.balancer.factors(), "lr": lr, "seconds": self.seconds}
 
     def _diverged(self, what: str, step: int) -> TrainingDiverged:
-        last = checkpoints.latest(self.out / "checkpoints")
+        last = None if self.out is None else checkpoints.latest(self.out / "checkpoints")
         where = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
         return TrainingDiverged(f"step {step}: {what}; training stopped, {where}. Try a lower lr or grad_clip")
 
-    def _open_run(self) -> dict[str, Any] | None:
+    def _open_run(self, out: Path) -> dict[str, Any] | None:
         """Makes `out` ready and goes to its last checkpoint; returns its random state, or None for a new run."""
-        config, folder = self.config, self.out / "checkpoints"
+        state = self._last_state(out)
+        hub.replace_file(out / "run.json", lambda path: path.write_text(json.dumps(self.run, indent=1) + "\n"))
+        return state
+
+    def _last_state(self, out: Path) -> dict[str, Any] | None:
+        config, folder = self.config, out / "checkpoints"
         instead = "pass overwrite=true to throw it away, or another out"
         if config.overwrite:
             for name in ("checkpoints", "tensorboard"):
-                shutil.rmtree(self.out / name, ignore_errors=True)
+                shutil.rmtree(out / name, ignore_errors=True)
             for name in ("metrics.jsonl", "run.json", hub.CONFIG, hub.WEIGHTS):
-                (self.out / name).unlink(missing_ok=True)
-        self.out.mkdir(parents=True, exist_ok=True)
+                (out / name).unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         last = checkpoints.latest(folder)
         if last is None:
-            if (self.out / hub.WEIGHTS).exists():
-                raise ValueError(f"out: {self.out} holds a model but no checkpoint of a run; {instead}")
+            if (out / hub.WEIGHTS).exists():
+                raise ValueError(f"out: {out} holds a model but no checkpoint of a run; {instead}")
             return None
         if not config.resume:
-            raise ValueError(f"out: {self.out} holds a run and resume is false; {instead}")
+            raise ValueError(f"out: {out} holds a run and resume is false; {instead}")
         found = checkpoints.read(last)
         changed = [d for d in checkpoints.differences(found.run, self.run) if d[0] not in FREE_TO_CHANGE]
         if changed:
             listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, old, new in changed)
-            raise ValueError(f"out: {self.out} holds a different run ({listed}); set these back, {instead}")
+            raise ValueError(f"out: {out} holds a different run ({listed}); set these back, {instead}")
         if found.step >= config.steps:
             raise ValueError(
-                f"out: the run in {self.out} is finished ({found.step} steps, steps is {config.steps}); "
+                f"out: the run in {out} is finished ({found.step} steps, steps is {config.steps}); "
                 f"raise steps to train on, {instead}"
             )
+        if self.early is not None and (early := found.state.get("early")) is not None:
+            self.early.load_state_dict(early)
+            if self.early.over:
+                raise ValueError(
+                    f"out: the run in {out} is finished (its patience was over after {found.step} steps); raise "
+                    f"patience to train on, {instead}"
+                )
         return self._restore(last, found)
 
     def _restore(self, path: Path, found: checkpoints.Checkpoint) -> dict[str, Any]:
@@ -431,7 +436,7 @@ class Trainer:
         self.step, self.seconds, self.window = found.step, state["seconds"], state["window"]
         return state["random"]
 
-    def _save(self) -> None:
+    def _save(self, out: Path) -> None:
         state = {
             "optimizer": self.optimizer.state_dict(),
             "balancer": self.balancer.state_dict(),
@@ -439,6 +444,13 @@ class Trainer:
             "random": checkpoints.random_state(),
             "seconds": self.seconds,
             "window": self.window,
+            "early": None if self.early is None else self.early.state_dict(),
         }
         found = checkpoints.Checkpoint(self.step, self.model.state_dict(), state, self.run)
-        checkpoints.write(self.out / "checkpoints", found, self.config.keep)
+        checkpoints.write(out / "checkpoints", found, self.config.keep)
+
+
+def _mean(values: Iterable[float]) -> float:
+    """The mean, NaN of none."""
+    found = list(values)
+    return sum(found) / len(found) if found else math.nan

@@ -10,7 +10,7 @@ class TrainerConfig:
     """How a model is trained.
 
     Attributes:
-        out: folder of the run.
+        out: folder of the run. With None nothing is written, and a run that is stopped is lost.
         steps: optimizer updates. The learning rate reaches its end there.
         batch_size: samples per update.
         accumulate: parts a batch is worked off in, to save memory. The gradient of the task losses is that of the whole
@@ -49,6 +49,9 @@ class TrainerConfig:
         seed: of the order of the samples, the drawn tasks and everything random in model and data.
         num_workers: processes that load data; 0 loads in the training process, the only setting that resumes exactly.
         eval_every: updates between evaluations on "val"; there is one at the end as well. 0 never evaluates.
+        patience: evaluations in a row whose loss, the mean over tasks, is no lower than the lowest before, after which
+            training ends early. The model then has the weights of the lowest, as it has when all `steps` are done. None
+            trains through and keeps the last weights.
         val_limit: use only the first samples of "val"; all when None.
         save_every: updates between checkpoints; there is one at the end as well.
         keep: checkpoints to keep.
@@ -61,8 +64,8 @@ class TrainerConfig:
         ValueError: a value out of range.
     """
 
-    out: str
     steps: int
+    out: str | None = None
     batch_size: int = 32
     accumulate: int = 1
     tasks_per_step: int | None = None
@@ -90,6 +93,7 @@ class TrainerConfig:
     seed: int = 0
     num_workers: int = 0
     eval_every: int = 500
+    patience: int | None = None
     val_limit: int | None = None
     save_every: int = 500
     keep: int = 2
@@ -102,12 +106,14 @@ class TrainerConfig:
         least = dict.fromkeys(("steps", "batch_size", "accumulate", "save_every", "keep", "log_every"), 1)
         least |= dict.fromkeys(("warmup", "weight_decay", "grad_clip", "seed", "num_workers"), 0)
         least |= dict.fromkeys(("eval_every", "inner_lr"), 0)
-        least |= {name: 1 for name in ("tasks_per_step", "val_limit") if getattr(self, name) is not None}
+        least |= {name: 1 for name in ("tasks_per_step", "val_limit", "patience") if getattr(self, name) is not None}
         for name, smallest in least.items():
             if not getattr(self, name) >= smallest:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {smallest}")
         if not self.lr > 0 or not 0 <= self.lr_final <= 1:
             raise ValueError(f"lr, lr_final: got {self.lr}, {self.lr_final}; expected lr > 0 and lr_final from 0 to 1")
+        if self.patience is not None and not self.eval_every:
+            raise ValueError(f"patience: got {self.patience}, but eval_every=0 never evaluates")
         if not 0 < self.inner_share < 1:
             raise ValueError(f"inner_share: got {self.inner_share}, expected above 0 and below 1")
         if not 0 <= self.regularize_from < 1:
@@ -131,7 +137,14 @@ class TrainerConfig:
 # follows the new number of steps.
 FREE_TO_CHANGE = {
     *("trainer.out", "trainer.steps", "trainer.num_workers", "trainer.eval_every", "trainer.val_limit"),
-    *("trainer.save_every", "trainer.keep", "trainer.log_every", "trainer.progress", "trainer.device"),
+    *(
+        "trainer.patience",
+        "trainer.save_every",
+        "trainer.keep",
+        "trainer.log_every",
+        "trainer.progress",
+        "trainer.device",
+    ),
     *("trainer.resume", "trainer.overwrite", "data.root", "data.preload", "recipe"),
 }
 

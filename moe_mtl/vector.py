@@ -5,7 +5,7 @@ The call is that of `moe_mtl.multitask.MultiTaskModel`; the input is what the en
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -14,9 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from moe_mtl.columns import Column, read_columns
 from moe_mtl.embeddings import FlatColumns
+from moe_mtl.heads import Features
 from moe_mtl.lenet import LeNet
-from moe_mtl.multitask import present_ids, select_rows, task_ids
+from moe_mtl.multitask import check_new, others, present_ids, renamed, select_rows, task_ids
+from moe_mtl.routing import Routing
+from moe_mtl.task_linear import entries_of
 from moe_mtl.tasks import Task, check_tasks
+from moe_mtl.towers import Towers, check_vector_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,8 @@ class VectorModel(nn.Module):
         tasks: what it predicts.
         encoder: inputs to vectors [b, d]; its `input` names the batch's entry it takes.
         trunk: (vectors [b, d], ids of tasks) to (a vector per task [t, b, h], {layer: Routing}); has `for_tasks`,
-            `moe_layers` and `layout`.
+            `moe_layers` and, where it is made from one, `layout`; to take new tasks `check_like`, `add_task` and
+            `own_parameters`.
         towers: (vectors [t, b, h], ids of tasks) to {task: prediction}; has `for_tasks`.
     """
 
@@ -131,9 +136,126 @@ class VectorModel(nn.Module):
         memo: dict[int, Any] = {id(part): part.for_tasks(ids) for part in (parts.trunk, parts.towers)}
         model = copy.deepcopy(self, memo)
         model.tasks = tuple(self.tasks[i] for i in ids)
-        if "layout" in getattr(model, "config", {}).get("args", {}):
-            model.config["args"]["layout"] = model.trunk.layout()  # type: ignore[operator]
+        model.note_experts()
         return model
+
+    def features(self, x: Any, task: int | Sequence[int]) -> tuple[Features, dict[str, Routing]]:
+        """The vectors that the towers of these tasks read, [(t b), h], and what was routed."""
+        vectors, routings = self.trunk(self.encoder(x), (task,) if isinstance(task, int) else tuple(task))
+        pooled = vectors.flatten(0, 1)
+        return Features(pooled.unsqueeze(1), pooled, (1, 1), (1, 1)), routings
+
+    def fresh_head(self, task: Task) -> nn.Module:
+        """A tower for a task, as the model's own are made, from `Features`, on its device; the model does not change.
+
+        Raises:
+            ValueError: the model takes no new task, or none of this kind.
+        """
+        towers = self._open_towers()
+        dim, *widths = (layer.weight[0].shape[1] for layer in (*towers.layers, towers.out))  # type: ignore[union-attr]
+        head = TowerHead(Towers([task], dim, widths, towers.dropout))  # type: ignore[arg-type]
+        return head.to(next(towers.parameters())).train(self.training)
+
+    def head(self, name: str) -> Callable[[Features], Tensor]:
+        """The tower of a task, from the features of its route."""
+        (task,) = task_ids(self.tasks, [name], "name")
+        return lambda features: self.towers(features.pooled.unsqueeze(0), (task,))[name]
+
+    def own_parameters(self, name: str) -> list[nn.Parameter]:
+        """The parameters that serve one task alone: its tower, and its entries of the gates.
+
+        Raises:
+            ValueError: there is no such task, or the model takes no new tasks and has nothing to name.
+        """
+        (task,) = task_ids(self.tasks, [name], "name")
+        towers, trunk = self._open_towers(), self.trunk
+        parameters = dict(towers.named_parameters())
+        return [parameters[entry] for entry in entries_of(towers, task)] + trunk.own_parameters(task)  # type: ignore[operator]
+
+    def add_task(self, task: Task, init_from: Sequence[str] | str | None = None) -> Self:
+        """Adds a task, in place: a fresh tower and, where the trunk is gated, gates of its own over the experts.
+
+        Everything the model has stays the tensors it is: the other tasks keep their ids and compute what they did.
+
+        Args:
+            task: of a new name.
+            init_from: tasks of the model; the new gates start as the mean of theirs, for one task as a copy. Fresh when
+                None. `moe_mtl.add_task` finds the nearest tasks.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: the name is taken; a task of `init_from` is unknown; gates that have no mean, or a model that
+                takes no new task, or none of this kind. The model is then as it was.
+        """
+        check_new(self.tasks, task, init_from)
+        like = () if init_from is None else task_ids(self.tasks, init_from, "init_from")
+        towers, trunk = self._open_towers(), self.trunk
+        check_vector_task(task)
+        trunk.check_like(like)  # type: ignore[operator]
+        trunk.add_task(like)  # type: ignore[operator]
+        towers.add_task(task)
+        self.tasks = (*self.tasks, task)
+        self.note_experts()
+        return self
+
+    def remove_task(self, name: str) -> Self:
+        """Takes a task away, in place, with its tower and what leads to it alone. The ids of later tasks move up.
+
+        Raises:
+            ValueError: there is no such task, or no other.
+        """
+        kept = others(self.tasks, name)
+        parts: Any = self
+        self.trunk, self.towers = parts.trunk.for_tasks(kept), parts.towers.for_tasks(kept)
+        self.tasks = tuple(self.tasks[i] for i in kept)
+        self.note_experts()
+        return self
+
+    def rename_task(self, old: str, new: str) -> Self:
+        """Gives a task another name, in place; its id stays.
+
+        Raises:
+            ValueError: there is no such task, the new name is taken or cannot be a name, or the model's stages are
+                known by their names.
+        """
+        towers = self._open_towers()
+        self.tasks = towers.tasks = renamed(self.tasks, old, new)
+        self.note_experts()
+        return self
+
+    def _open_towers(self) -> Towers:
+        """The towers of a model that takes new tasks.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if not isinstance(self.towers, Towers) or not hasattr(self.trunk, "add_task"):
+            name = getattr(self, "config", {}).get("name", type(self).__name__)
+            raise ValueError(f"task: the tasks of {name} are stages of one process; build it for all of them")
+        return self.towers
+
+    def note_experts(self) -> None:
+        """Writes what streams and experts there are into the configuration the model is saved with."""
+        config = getattr(self, "config", {})
+        if "layout" in config.get("args", {}):
+            config["args"]["layout"] = self.trunk.layout()  # type: ignore[operator]
+        for name, layer in self.moe_layers.items():
+            if name in config.get("kept_experts", {}):
+                config["kept_experts"][name] = layer.kept_experts
+
+
+class TowerHead(nn.Module):
+    """The tower of one task, as a head: `Features` to its prediction."""
+
+    def __init__(self, towers: Towers):
+        super().__init__()
+        self.towers = towers
+
+    def forward(self, features: Features) -> Tensor:
+        """The prediction from one vector per sample."""
+        return self.towers(features.pooled.unsqueeze(0), (0,))[self.towers.tasks[0].name]
 
 
 def picture_encoder(config: VectorConfig) -> LeNet:

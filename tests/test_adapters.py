@@ -11,8 +11,9 @@ from moe_mtl.backbones.hf_encoder import TextModel, describe_encoder
 from moe_mtl.data import NLUMix
 from moe_mtl.models.text_adapters import average_adapters, matching_rank, scalearn
 from moe_mtl.new_task import parameters_of_task
+from moe_mtl.parameter_groups import parameter_groups
 from moe_mtl.tasks import Task
-from moe_mtl.trainer import Trainer, parameter_groups
+from moe_mtl.trainer import Trainer
 from moe_mtl.trainer_config import TrainerConfig
 from tests.test_encoders import ENCODERS, SIZES, encoder, texts
 from tests.text_cases import save_encoder, write_banking77, write_snips

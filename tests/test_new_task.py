@@ -10,10 +10,12 @@ import moe_mtl
 from moe_mtl import create_model, extract, load, save
 from moe_mtl.backbones.hf_model import MoeMtlModel
 from moe_mtl.data import TextSplit
+from moe_mtl.diagnostics import expert_usage
 from moe_mtl.gates import GATES, create_gate
 from moe_mtl.new_task import FewShot, add_task, parameters_of_task, train_only
 from moe_mtl.tasks import Task
 from moe_mtl.trainer import Trainer, TrainerConfig
+from tests import test_table_models as tables
 from tests.test_encoders import SIZES, texts
 from tests.test_gates import MIXTURES, dense, make, own_parameters, tokens
 from tests.text_cases import save_encoder
@@ -498,3 +500,134 @@ def test_a_wrong_call_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         add_task(model, NEW, **options)
     assert model.tasks == TASKS
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+EXTRA = Task.binary("extra")
+FIELDS = ("dtrn_table", "apem_table", "multitab_table")
+TAKE_TASKS = (*(name for name in tables.MODELS if name != "single_task_table"), *FIELDS)
+every_table = pytest.mark.parametrize("name", TAKE_TASKS)
+
+
+def table_model(name):
+    return (
+        tables.make(name)
+        if name not in FIELDS
+        else create_model(name, tasks=tables.TASKS, columns=tables.COLUMNS).eval()
+    )
+
+
+@torch.no_grad()
+def of(model, x, names):
+    return {name: model(x, tasks=[name])[name] for name in names}
+
+
+@every_table
+def test_a_table_model_takes_a_task_and_gives_it_back(name, tmp_path):
+    model, x = table_model(name), tables.rows()
+    before, tensors = of(model, x, tables.NAMES), {n: (id(p), p.clone()) for n, p in model.named_parameters()}
+    assert model.add_task(EXTRA, init_from="click") is model
+    now = dict(model.named_parameters())
+    assert all(id(now[n]) == i and torch.equal(now[n], p) for n, (i, p) in tensors.items())  # the same tensors
+    assert same(of(model, x, tables.NAMES), before)
+    own = {id(p) for p in model.own_parameters("extra")}
+    assert own == {id(p) for n, p in now.items() if n not in tensors}
+    save(model, tmp_path)
+    again = load(tmp_path)
+    assert same(of(again, x, [*tables.NAMES, "extra"]), of(model, x, [*tables.NAMES, "extra"]))
+    torch.testing.assert_close(extract(again, "extra")(x)["extra"], of(model, x, ["extra"])["extra"])
+    model.rename_task("extra", "more").remove_task("click")
+    assert [task.name for task in model.tasks] == ["time", "kind", "more"]
+    torch.testing.assert_close(of(model, x, ["more"])["more"], of(again, x, ["extra"])["extra"])
+    torch.testing.assert_close(of(model, x, ["kind"])["kind"], before["kind"])
+
+
+@every_table
+def test_only_what_is_the_new_tasks_learns(name):
+    model, x = table_model(name), tables.rows()
+    model.add_task(EXTRA, init_from="click")
+    before, first = of(model, x, tables.NAMES), of(model, x, ["extra"])["extra"]
+    samples = [{"table": {k: v[i] for k, v in x.items()}, "extra": torch.tensor(float(i % 2))} for i in range(12)]
+    config = TrainerConfig(
+        steps=4, lr=1e-2, eval_every=0, progress=False, weight_decay=0.1, lr_scales=train_only(model, "extra")
+    )
+    Trainer(model, FewShot(tasks=model.tasks, train=samples), config).fit()
+    assert same(of(model, x, tables.NAMES), before)
+    assert not torch.equal(of(model, x, ["extra"])["extra"], first)
+
+
+@pytest.mark.parametrize("name", ["cgc_table", "ple_table", "adatt_table", "mmoe_table"])
+def test_routers_of_a_new_table_task_start_like_others(name):
+    model, x = table_model(name), tables.rows()
+    model.add_task(EXTRA, init_from="time")
+    _, routing = model(x, return_routing=True)
+    last = routing[list(routing)[-1]]
+    weights = last.dense_weights().unflatten(0, (len(last.task), -1))
+    torch.testing.assert_close(weights[3], weights[1])  # extra, time
+
+
+def test_table_models_that_take_no_task():
+    alone = table_model("single_task_table") if "single_task_table" in TAKE_TASKS else tables.make("single_task_table")
+    with pytest.raises(ValueError, match="model: a SingleTaskSet takes no new task"):
+        add_task(alone, EXTRA)
+    home = tables.make("home_table", categories=[["click", "time"], ["kind"]])
+    with pytest.raises(ValueError, match="init_from: got tasks of 0 categories"):
+        home.add_task(EXTRA)
+    with pytest.raises(ValueError, match="init_from: got tasks of 2 categories"):
+        home.add_task(EXTRA, init_from=["click", "kind"])
+    model = tables.make("mmoe_table")
+    for bad, message in (
+        (Task.depth(), "tasks: 'depth' of kind depth"),
+        (tables.TASKS[0], "task: the model has a task"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.add_task(bad)
+    assert [task.name for task in model.tasks] == tables.NAMES and len(model.towers.tasks) == 3
+
+
+def test_nearness_is_measured_for_tables(capsys):
+    model, x = tables.make("mmoe_table"), tables.rows(48)
+    samples = [{"table": {k: v[i] for k, v in x.items()}, "extra": (x["vector"][i, 0] > 0).float()} for i in range(48)]
+    for name, label in tables.labels(48).items():
+        for sample, value in zip(samples, label, strict=True):
+            sample[name] = value
+    for by in ("fisher", "gradient", "embedding"):
+        found = moe_mtl.task_similarity(model, EXTRA, samples, by=by, head_steps=5)
+        assert set(found) == set(tables.NAMES) and all(-1 <= v <= 1.000001 for v in found.values())
+    add_task(model, EXTRA, "nearest", data=samples, head_steps=5)
+    assert "extra starts from" in capsys.readouterr().err
+
+
+# ---- the most used experts ------------------------------------------------------------------------------------------
+
+
+def test_a_router_over_the_most_used_experts(tmp_path):
+    model, x = tiny(), images()
+    before = outputs(model, x)
+    add_task(model, NEW, "most_used", data=[{"image": one} for one in images(8)])
+    assert same(outputs(model, x), before)
+    usage = expert_usage(model, [images(8)], tasks=NAMES)
+    for name, layer in model.moe_layers.items():
+        share = usage[name].mass[:3].mean(dim=0)
+        seen = layer.gate.reachable(3)
+        order = share.argsort(descending=True).tolist()
+        assert set(seen) == set(order[: len(seen)]) and share[list(seen)].sum() >= 0.8
+        assert share[list(seen)].sum() - share[order[len(seen) - 1]] < 0.8 or len(seen) == 2
+        assert layer.gate.reachable(0) == tuple(range(7))
+    small = extract(model, "room")
+    assert [len(layer.kept_experts) for layer in small.moe_layers.values()] == [
+        len(layer.gate.reachable(3)) for layer in model.moe_layers.values()
+    ]
+    save(model, tmp_path)
+    assert same(outputs(load(tmp_path), x, ["room", *NAMES[:2]]), outputs(model, x, ["room", *NAMES[:2]]))
+
+
+def test_the_most_used_experts_need_samples_and_routers_that_can_hide_experts():
+    with pytest.raises(ValueError, match="data: init_from='most_used' is measured"):
+        add_task(tiny(), NEW, "most_used")
+    blind = tiny("task_blind")
+    with pytest.raises(ValueError, match=r"init_from: TaskBlindGate of blocks\.0 shows all experts"):
+        add_task(blind, NEW, "most_used", data=[{"image": one} for one in images()])
+    assert len(blind.tasks) == 3

@@ -13,8 +13,9 @@ from moe_mtl.backbones.hf_encoder import count_positions
 from moe_mtl.backbones.hf_model import MoeMtlModel
 from moe_mtl.data import Snips
 from moe_mtl.models.text_prompt import TaskPrompts
+from moe_mtl.parameter_groups import decays
 from moe_mtl.tasks import Task
-from moe_mtl.trainer import Trainer, decays
+from moe_mtl.trainer import Trainer
 from moe_mtl.trainer_config import TrainerConfig
 from tests.test_encoders import ENCODERS, NAMES, TASKS, texts
 from tests.text_cases import save_encoder, write_snips

@@ -15,9 +15,10 @@ from moe_mtl import checkpoint as checkpoints
 from moe_mtl import trainer as trainer_module
 from moe_mtl.balancing import create_balancer
 from moe_mtl.batches import ShuffledBatches
+from moe_mtl.parameter_groups import decays, parameter_groups
 from moe_mtl.routing import Routing
 from moe_mtl.tasks import Task
-from moe_mtl.trainer import Trainer, TrainerConfig, TrainingDiverged, decays, lr_factor, parameter_groups
+from moe_mtl.trainer import Trainer, TrainerConfig, TrainingDiverged, lr_factor
 
 TASKS = (Task.segmentation("semseg", 3), Task.depth("depth"), Task.classification("scene", 2))
 

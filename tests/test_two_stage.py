@@ -13,8 +13,9 @@ import moe_mtl
 from moe_mtl import create_model, extract
 from moe_mtl.data import Snips
 from moe_mtl.gates import create_gate
+from moe_mtl.parameter_groups import decays
 from moe_mtl.tasks import Task
-from moe_mtl.trainer import Trainer, decays
+from moe_mtl.trainer import Trainer
 from moe_mtl.trainer_config import TrainerConfig
 from moe_mtl.two_stage import copy_routes, follows_routes, restart_from_routes
 from tests.test_encoders import TASKS, encoder, texts

@@ -3,6 +3,7 @@
 import inspect
 
 from moe_mtl.gates._gate import Gate
+from moe_mtl.gates._visible import VisibleExperts
 from moe_mtl.gates.assigned import AssignedGate
 from moe_mtl.gates.dselect_k import DSelectKGate
 from moe_mtl.gates.exclusive import ExclusiveGate
@@ -17,7 +18,7 @@ from moe_mtl.gates.task_embedding import TaskEmbeddingGate
 from moe_mtl.gates.task_level import TaskLevelGate
 from moe_mtl.tasks import nearest
 
-__all__ = ["GATES", "Gate", "create_gate", "resolve_k"]
+__all__ = ["GATES", "Gate", "VisibleExperts", "create_gate", "resolve_k"]
 
 GATES: dict[str, type[Gate]] = {
     "softmax": SoftmaxGate,

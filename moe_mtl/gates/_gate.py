@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_mtl.routing import Routing, TaskIds
+from moe_mtl.task_linear import entries_of
 
 # The logit of an expert that a task cannot use: softmax makes it exactly 0, and statistics of logits stay finite.
 UNREACHABLE = -1e4
@@ -108,8 +109,7 @@ class Gate(nn.Module, ABC):
 
     def own_parameters(self, task: int) -> list[str]:
         """Names, as `named_parameters` has them, of what belongs to this task alone: its entry of every list."""
-        lists = {name: module for name, module in self.named_modules() if isinstance(module, nn.ParameterList)}
-        return [f"{name}.{task}" for name, entries in lists.items() if task < len(entries)]
+        return entries_of(self, task)
 
     @abstractmethod
     def check_like(self, like: Sequence[int]) -> None:
@@ -145,6 +145,31 @@ class Gate(nn.Module, ABC):
         self.kept = ids
         self.rows = ids.new_full((self.num_experts,), -1).scatter(0, ids, torch.arange(len(ids), device=ids.device))
         self.k = min(self.k, len(ids))
+
+    def give_experts(self, task: int, ids: Sequence[int]) -> None:
+        """Gives a task, in place, new experts in the place of some that it uses; other tasks cannot see the new ones.
+
+        They are numbered from the number of experts there were on, in the order of `ids`, and stand last in the bank.
+        While they are copies, all tasks compute what they did.
+
+        Args:
+            task: id.
+            ids: of experts that the task can reach.
+
+        Raises:
+            ValueError: a gate whose tasks share what chooses experts.
+        """
+        count, held = self.num_experts, None if self.rows is None else int((self.rows >= 0).sum())
+        self.num_experts = count + len(ids)
+        if self.kept is not None and self.rows is not None and held is not None:
+            self.kept = torch.cat([self.kept, torch.arange(count, self.num_experts, device=self.kept.device)])
+            new = torch.arange(held, held + len(ids), device=self.rows.device)
+            self.rows = torch.cat([self.rows, new])
+
+    @property
+    def gives_experts(self) -> bool:
+        """Whether `give_experts` knows how."""
+        return type(self).give_experts is not Gate.give_experts
 
     def in_bank(self, routing: Routing) -> Routing:
         """A routing of this gate as a bank of the kept experts reads it: ids and columns are those of the bank."""

@@ -121,6 +121,12 @@ class AssignedGate(RouterGate):
                 "tasks with the same experts"
             )
 
+    def give_experts(self, task: int, ids: Sequence[int]) -> None:
+        """Gives a task new experts in the place of some; see `Gate.give_experts`."""
+        for i, e in enumerate(ids):
+            self.indices[task][self.indices[task] == e] = self.num_experts + i
+        super().give_experts(task, ids)
+
     def append_task(self, like: Sequence[int]) -> None:
         """Adds, in place, the table row and the numbers of one more task: fresh, the experts that fewest tasks use."""
         order = self.indices[list(like)].argsort(dim=1)  # tasks may list the same experts in another order

@@ -9,13 +9,40 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from moe_mtl.gates._topk import TopKGate
+from moe_mtl.gates._topk import Normalize, TopKGate
+from moe_mtl.gates._visible import VisibleExperts
 from moe_mtl.routing import TaskIds
 from moe_mtl.task_linear import TaskLinear
 
 
-class NoisyTopKGate(TopKGate):
-    """The k largest of softmax(W_t x + noise) over all experts; arguments as in `TopKGate`."""
+class NoisyTopKGate(TopKGate, VisibleExperts):
+    """The k largest of softmax(W_t x + noise) over all experts, or over those that the task can see.
+
+    Args:
+        dim: width d of the tokens.
+        num_experts: experts e.
+        num_tasks: tasks t.
+        k: experts used per token.
+        noise_std: as in `TopKGate`.
+        normalize: as in `TopKGate`.
+        frozen: as in `TopKGate`.
+        visible: ids of the experts each task can see, at least k, in the order of the tasks; None for all.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        num_tasks: int,
+        k: int,
+        *,
+        noise_std: float = 1.0,
+        normalize: Normalize = "none",
+        frozen: bool = False,
+        visible: Sequence[Sequence[int]] | None = None,
+    ):
+        super().__init__(dim, num_experts, num_tasks, k, noise_std=noise_std, normalize=normalize, frozen=frozen)
+        self.hide(visible, least=k)
 
     def make_router(self) -> None:
         """W_t [e, d] for every task."""
@@ -23,11 +50,11 @@ class NoisyTopKGate(TopKGate):
 
     def scores(self, x: Tensor, task: TaskIds) -> Tensor:
         """W_t x, [m, e]."""
-        return self.router(x, task)
+        return self.masked(self.router(x, task), task)
 
     def scores_each(self, x: Tensor, tasks: Sequence[int]) -> Tensor:
         """W_t x for each task, in one product."""
-        return self.router.each(x, tasks)
+        return self.masked(self.router.each(x, tasks), tuple(tasks))
 
     def zero_scores(self) -> None:
         """Makes, in place, every router zero."""
@@ -36,7 +63,9 @@ class NoisyTopKGate(TopKGate):
     def append_task(self, like: Sequence[int]) -> None:
         """Adds, in place, the router of one more task."""
         self.router.append_task(like)
+        self.append_sight(like)
 
     def keep_tasks(self, tasks: Sequence[int]) -> None:
         """Drops, in place, the routers of every task but these."""
         self.router.keep_tasks(tasks)
+        self.keep_sight(tasks)

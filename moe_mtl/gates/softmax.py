@@ -9,19 +9,18 @@ Differs: each task's router has a bias, zero to begin with, as in keras-mmoe; th
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_mtl.gates._gate import UNREACHABLE
-from moe_mtl.gates._router import RouterGate
+from moe_mtl.gates._visible import VisibleExperts
 from moe_mtl.routing import Routing, TaskIds
 from moe_mtl.task_linear import TaskLinear
 
 
-class SoftmaxGate(RouterGate):
+class SoftmaxGate(VisibleExperts):
     """MMoE's gate: weights softmax(W_t x + c_t) over all experts, or over those that the task can see.
 
     Args:
@@ -40,7 +39,6 @@ class SoftmaxGate(RouterGate):
     """
 
     compute_class: Literal["dense", "token", "task", "weight"] = "dense"
-    hidden_from: Tensor | None
 
     def __init__(
         self,
@@ -68,39 +66,13 @@ class SoftmaxGate(RouterGate):
             [TaskLinear(a, b, num_tasks, bias=True) for a, b in itertools.pairwise((dim, *hidden))]
         )
         self.router = TaskLinear((dim, *hidden)[-1], num_experts, num_tasks, bias=True)
-        self.register_buffer("hidden_from", None if visible is None else self._table(visible))
-
-    def _table(self, visible: Sequence[Sequence[int]]) -> Tensor:
-        """What each task cannot see, bool [t, e]."""
-        if len(visible) != self.num_tasks:
-            raise ValueError(f"visible: got {len(visible)} rows, expected one for each of the {self.num_tasks} tasks")
-        table = torch.ones(self.num_tasks, self.num_experts, dtype=torch.bool)
-        for task, row in enumerate(visible):
-            if not row or len(set(row)) < len(row) or not all(e in range(self.num_experts) for e in row):
-                raise ValueError(
-                    f"visible: got {list(row)} for task {task}, expected different ids from 0 to "
-                    f"{self.num_experts - 1}, at least one"
-                )
-            table[task, list(row)] = False
-        return table
-
-    def reachable(self, task: int) -> tuple[int, ...] | None:
-        """Ids of the experts the task can see, ascending; None for all."""
-        if self.hidden_from is None:
-            return None
-        return tuple((~self.hidden_from[task]).nonzero().flatten().tolist())
-
-    def task_options(self) -> dict[str, Any]:
-        """What each task can see, where that is not everything."""
-        if self.hidden_from is None:
-            return {}
-        return {"visible": [(~row).nonzero().flatten().tolist() for row in self.hidden_from]}
+        self.hide(visible)
 
     def scores(self, x: Tensor, task: TaskIds) -> Tensor:
         """W_t x + c_t, [m, e]."""
         for layer in self.layers:
             x = F.relu(layer(x, task))
-        return self._masked(self.router(x, task), task)
+        return self.masked(self.router(x, task), task)
 
     def scores_each(self, x: Tensor, tasks: Sequence[int]) -> Tensor:
         """W_t x + c_t for each task, the first map in one product."""
@@ -108,17 +80,7 @@ class SoftmaxGate(RouterGate):
         y = first.each(x, tasks)  # type: ignore[operator]
         for layer in rest:
             y = layer(F.relu(y), tuple(tasks))
-        return self._masked(y, tuple(tasks))
-
-    def _masked(self, logits: Tensor, task: TaskIds) -> Tensor:
-        if self.hidden_from is None:
-            return logits
-        if isinstance(task, int):
-            return logits.masked_fill(self.hidden_from[task], UNREACHABLE)
-        if isinstance(task, Tensor):
-            return logits.masked_fill(self.hidden_from.index_select(0, task), UNREACHABLE)
-        blocks = logits.unflatten(0, (len(task), -1))
-        return blocks.masked_fill(self.hidden_from[list(task)].unsqueeze(1), UNREACHABLE).flatten(0, 1)
+        return self.masked(y, tuple(tasks))
 
     def choose(self, logits: Tensor, task: TaskIds | None, valid: Tensor | None) -> Routing:
         """The dense mixture of logits [m, e]."""
@@ -155,42 +117,20 @@ class SoftmaxGate(RouterGate):
             raise ValueError(
                 "init_from: hidden units of different tasks' routers do not match, so these have no mean; name one task"
             )
-        if self.hidden_from is not None:
-            seen = ~self.hidden_from_new(like)
-            if not (seen if self.kept is None else seen[self.kept]).any():
-                raise ValueError(
-                    "init_from: every expert is closed to some task, so a fresh one would see none; name tasks, whose "
-                    "experts it is to see"
-                )
 
-    def hidden_from_new(self, like: Sequence[int]) -> Tensor:
-        """What one more task cannot see, bool [e]: what none of these tasks sees, or what some task does not."""
-        assert self.hidden_from is not None
-        return self.hidden_from[list(like)].all(dim=0) if like else self.hidden_from.any(dim=0)
-
-    @torch.no_grad()
     def append_task(self, like: Sequence[int]) -> None:
-        """Adds, in place, the router of one more task.
-
-        It sees the experts that every task sees or, like some tasks, those that one of them does. The mean of several
-        is taken, per expert, over those that see it: the rows of the others have learned nothing.
-        """
+        """Adds, in place, the router of one more task, and what it can see."""
         for layer in (*self.layers, self.router):
             layer.append_task(like)  # type: ignore[operator]
-        if self.hidden_from is None:
-            return
-        if len(like) > 1:
-            seen = (~self.hidden_from[list(like)]).to(self.router.weight[0])  # [u, e]
-            share = seen / seen.sum(dim=0).clamp(min=1)
-            for entries in (self.router.weight, self.router.bias):
-                assert entries is not None  # routers have a bias
-                rows = torch.stack([entries[i] for i in like])
-                entries[-1].copy_(torch.einsum("ue,ue...->e...", share, rows))
-        self.hidden_from = torch.cat([self.hidden_from, self.hidden_from_new(like).unsqueeze(0)])
+        self.append_sight(like)
+
+    def give_experts(self, task: int, ids: Sequence[int]) -> None:
+        """Gives a task new experts in the place of some; see `Gate.give_experts`."""
+        super().give_experts(task, ids)
+        self.k = len(self.kept) if self.kept is not None else self.num_experts  # all of them are mixed
 
     def keep_tasks(self, tasks: Sequence[int]) -> None:
         """Drops, in place, the routers of every task but these."""
         for layer in (*self.layers, self.router):
             layer.keep_tasks(tasks)  # type: ignore[operator]
-        if self.hidden_from is not None:
-            self.hidden_from = self.hidden_from[list(tasks)]
+        self.keep_sight(tasks)
