@@ -143,15 +143,14 @@ def find_model(argv: Sequence[str]) -> tuple[Path, str | None, list[str]]:
     if not argv or argv[0].startswith("-"):
         raise ValueError(
             "name a model first: python eval.py FOLDER_OR_NAME [options]; a folder as train.py or moe_mtl.save wrote "
-            "it, or a pretrained model"
+            "it, a pretrained model, or owner/name on the hub"
         )
     folder, pretrained = Path(argv[0]), None
     if not all((folder / name).is_file() for name in ("config.json", WEIGHTS)):
-        from moe_mtl.hub import check_sha256, find  # slow to import; a folder does without
+        from moe_mtl.locate import find  # slow to import; a folder does without
 
         folder = find(argv[0])
-        check_sha256(folder)
-        pretrained = folder.name
+        pretrained = argv[0].replace("/", "--") if "/" in argv[0] else folder.name
     return folder, pretrained, list(argv[1:])
 
 

@@ -110,8 +110,8 @@ def joint() -> str:
             "mean gain over single-task, %", "smallest difference to single-task, points"]  # fmt: skip
     text = (
         "Six tasks of four data sets, no text with labels of two of them. The joint models draw a source per update, "
-        "in proportion to the fifth root of its size; a single-task model gets as many updates as its source was drawn. "
-        "Where models are weighed, the loss of NLU++ intents, a mean over 62 labels, counts five times, and "
+        "in proportion to the fifth root of its size; a single-task model gets as many updates as its source was drawn."
+        " Where models are weighed, the loss of NLU++ intents, a mean over 62 labels, counts five times, and "
         "feed-forward networks per task stand in layers 3 and 5, those with experts in the routed model."
         " Seeds: " + ", ".join(str(run["seed"]) for run in next(iter(found.values()))) + "."
     )

@@ -168,7 +168,7 @@ def find_steps(tasks: Sequence[Task], config: AITMConfig) -> tuple[list[str], di
     return steps, given
 
 
-@register_model
+@register_model(modality="table", kinds=("binary",))
 def aitm_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """AITM on a table: a tower of 128, 64 and 32 units per step on shared embeddings, and the transfer between them."""
     config = configure(AITMConfig, {}, overrides)

@@ -108,7 +108,7 @@ class PatternSelector(nn.Module):
         return copy.deepcopy(self, {id(self.indicators): select(self.indicators, tasks)})
 
 
-@register_model
+@register_model(modality="table")
 def apem_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """APEM on a table: a block of set attention on fields of 16 numbers, weighed per task, then an MLP of 128 units."""
     config = configure(APEMConfig, {}, overrides)

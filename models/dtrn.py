@@ -65,7 +65,7 @@ class TaskFields(nn.Module):
         return copy.deepcopy(self, {**own, id(self.embeddings): select(self.embeddings, tasks)})
 
 
-@register_model
+@register_model(modality="table")
 def dtrn_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """DTRN on a table: fields of 16 numbers that each task transforms and weighs, then an MLP of 128 units."""
     config = configure(FieldsConfig, {}, overrides)

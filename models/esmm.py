@@ -94,7 +94,7 @@ def find_roles(tasks: Sequence[Task], config: ESMMConfig) -> tuple[str, str, str
     return roles[0], roles[1], roles[2]
 
 
-@register_model
+@register_model(modality="table", kinds=("binary",))
 def esmm_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """ESMM on a table: towers of 256 and 128 units for click and conversion on shared embeddings, and their product."""
     config = configure(ESMMConfig, {}, overrides)

@@ -275,7 +275,7 @@ def make_trunk(layout: Mapping[str, Any], dim: int, config: HoMEConfig) -> Hiera
     return Hierarchy(first, second, gates, **{name: layout[name] for name in names})
 
 
-@register_model
+@register_model(modality="table")
 def home_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """HoME on a table: 4 shared experts and 2 per category, then 2 common, 2 per category and 1 per task."""
     config = configure(HoMEConfig, {}, overrides)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from moe_mtl.levels import build_trunk
-from moe_mtl.registry import configure, register_model
+from moe_mtl.registry import VECTOR_KINDS, configure, register_model
 from moe_mtl.tasks import Task
 from moe_mtl.towers import Towers
 from moe_mtl.vector import ExpertsConfig, VectorModel, picture_encoder, table_encoder
@@ -51,14 +51,14 @@ def build(tasks: Sequence[Task], config: MMoEConfig, encoder: nn.Module) -> Vect
     return model
 
 
-@register_model
+@register_model(modality="table")
 def mmoe_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """MMoE on a table: 8 experts of one layer of 64 units."""
     config = configure(MMoEConfig, {}, overrides)
     return build(tasks, config, table_encoder(config))
 
 
-@register_model
+@register_model(modality="image", kinds=VECTOR_KINDS)
 def mmoe_lenet(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """MMoE on small pictures: a LeNet, then 8 experts of one layer of 64 units."""
     config = configure(MMoEConfig, {}, overrides)

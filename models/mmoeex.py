@@ -17,7 +17,7 @@ from moe_mtl.tasks import Task
 from moe_mtl.vector import table_encoder
 
 
-@register_model
+@register_model(modality="table")
 def mmoeex_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """MMoEEx on a table: 12 experts of 64 units, three quarters of them of one task alone."""
     config = configure(mmoe.MMoEConfig, {"experts": 12, "gate": "exclusive"}, overrides)

@@ -127,7 +127,7 @@ def draw_normal(module: nn.Module, std: float) -> None:
                 weight.normal_(std=std)
 
 
-@register_model
+@register_model(modality="table")
 def multitab_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """MultiTab-Net on a table: one block of 4 heads on tokens of 16 numbers, 256 hidden units."""
     config = configure(MultiTabConfig, {}, overrides)

@@ -93,19 +93,19 @@ def _table(tasks: Sequence[Task], defaults: dict[str, Any], overrides: dict[str,
     return build(tasks, config, table_encoder(config))
 
 
-@register_model
+@register_model(modality="table")
 def cgc_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """CGC on a table: one level of 2 experts per task and 2 shared ones of 64 units."""
     return _table(tasks, {}, overrides)
 
 
-@register_model
+@register_model(modality="table")
 def ple_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """PLE on a table: two levels of 2 experts per task and 2 shared ones of 64 units."""
     return _table(tasks, {"levels": 2}, overrides)
 
 
-@register_model
+@register_model(modality="table")
 def adatt_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """AdaTT on a table: two levels of 2 experts per task and a shared one; a task sees all and adds its own."""
     return _table(tasks, {"levels": 2, "shared": 1, "fusion": "all"}, overrides)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_mtl.expert_stack import ExpertStack
 from moe_mtl.multitask import SingleTaskSet
-from moe_mtl.registry import configure, register_model
+from moe_mtl.registry import VECTOR_KINDS, configure, register_model
 from moe_mtl.routing import Routing
 from moe_mtl.tasks import Task
 from moe_mtl.towers import Towers
@@ -85,27 +85,27 @@ def _single(tasks: Sequence[Task], config: BottomConfig, encoder: Callable[[Bott
     return model
 
 
-@register_model
+@register_model(modality="table")
 def shared_bottom_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """One MLP of 256 units for all tasks of a table, a tower per task."""
     config = configure(BottomConfig, {}, overrides)
     return _shared(tasks, config, table_encoder(config))
 
 
-@register_model
+@register_model(modality="image", kinds=VECTOR_KINDS)
 def shared_bottom_lenet(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """A LeNet and one MLP of 256 units for all tasks on small pictures, a tower per task."""
     config = configure(BottomConfig, {}, overrides)
     return _shared(tasks, config, picture_encoder(config))
 
 
-@register_model
+@register_model(modality="table")
 def single_task_table(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """One MLP of 256 units per task of a table."""
     return _single(tasks, configure(BottomConfig, {}, overrides), table_encoder)
 
 
-@register_model
+@register_model(modality="image", kinds=VECTOR_KINDS)
 def single_task_lenet(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """A LeNet and one MLP of 256 units per task on small pictures."""
     return _single(tasks, configure(BottomConfig, {}, overrides), picture_encoder)

@@ -89,7 +89,7 @@ class TextScaLearnConfig(TextConfig):
     targets: Sequence[str] | None = None
 
 
-@register_model
+@register_model(modality="text")
 def text_lora(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """A frozen encoder with one LoRA for all tasks."""
     config = configure(TextLoraConfig, {}, overrides)
@@ -98,14 +98,14 @@ def text_lora(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     return _assemble(AlignedLoraModel, tasks, config, method, **aligned)
 
 
-@register_model
+@register_model(modality="text")
 def text_poly(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """A frozen encoder with an inventory of adapters that tasks mix."""
     config = configure(TextPolyConfig, {}, overrides)
     return _assemble(AdapterModel, tasks, config, Poly(config.rank, config.skills, config.heads))
 
 
-@register_model
+@register_model(modality="text")
 def text_scalearn(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """A frozen encoder with an adapter per task, or with learned scales of such adapters."""
     config = configure(TextScaLearnConfig, {}, overrides)

@@ -77,21 +77,21 @@ def _with_options(model: Any, config: TextConfig) -> nn.Module:
     return model
 
 
-@register_model
+@register_model(modality="text")
 def text_moe(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """An encoder with task-gated experts in every second layer."""
     config = configure(TextMoEConfig, {}, overrides)
     return _with_options(build(tasks, config), config)
 
 
-@register_model
+@register_model(modality="text")
 def text_shared_bottom(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """The dense encoder of text_moe, shared by all tasks, with the same heads."""
     config = configure(TextConfig, {}, overrides)
     return _with_options(build(tasks, config), config)
 
 
-@register_model
+@register_model(modality="text")
 def text_single_task(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """The dense encoder of text_moe with a head, once per task."""
     config = configure(TextConfig, {}, overrides)

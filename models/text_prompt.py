@@ -213,7 +213,7 @@ class TextPromptModel(TextModel):
         return self
 
 
-@register_model
+@register_model(modality="text")
 def text_prompt(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """A frozen encoder with a prompt per task, each the shared prompt times a rank-one matrix."""
     config = configure(TextPromptConfig, {}, overrides)

@@ -80,7 +80,7 @@ def own_experts(dim: int, tasks: int) -> Any:
     return create_gate("assigned", dim, tasks, tasks, 1, assignment=[[i] for i in range(tasks)])
 
 
-@register_model
+@register_model(modality="text")
 def text_sublayers(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """An encoder whose feed-forward or attention sublayer is private to each task in every second layer."""
     config = configure(TextSublayersConfig, {}, overrides)

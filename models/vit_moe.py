@@ -134,73 +134,73 @@ def _with_options(model: Any, config: ViTConfig) -> nn.Module:
     return model
 
 
-@register_model
+@register_model(modality="image")
 def m3vit_micro(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """Width 96, depth 6, patch 8, for 64x64 images on a CPU."""
     return _m3vit(tasks, MICRO, overrides)
 
 
-@register_model
+@register_model(modality="image")
 def m3vit_tiny(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """ViT-Tiny with experts: width 192, depth 12, patch 16."""
     return _m3vit(tasks, TINY, overrides)
 
 
-@register_model
+@register_model(modality="image")
 def m3vit_small(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """ViT-Small with experts, the paper's small model: width 384, depth 12, patch 16."""
     return _m3vit(tasks, SMALL, overrides)
 
 
-@register_model
+@register_model(modality="image")
 def m3vit_base(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """ViT-Base with experts, the paper's base model: width 768, depth 12, patch 16."""
     return _m3vit(tasks, BASE, overrides)
 
 
-@register_model
+@register_model(modality="image")
 def shared_bottom_micro(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """The dense backbone of m3vit_micro, shared by all tasks, with the same heads."""
     return _shared_bottom(tasks, MICRO, overrides)
 
 
-@register_model
+@register_model(modality="image")
 def shared_bottom_tiny(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """The dense backbone of m3vit_tiny, shared by all tasks, with the same heads."""
     return _shared_bottom(tasks, TINY, overrides)
 
 
-@register_model
+@register_model(modality="image")
 def shared_bottom_small(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """The dense backbone of m3vit_small, shared by all tasks, with the same heads."""
     return _shared_bottom(tasks, SMALL, overrides)
 
 
-@register_model
+@register_model(modality="image")
 def shared_bottom_base(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """The dense backbone of m3vit_base, shared by all tasks, with the same heads."""
     return _shared_bottom(tasks, BASE, overrides)
 
 
-@register_model
+@register_model(modality="image")
 def single_task_micro(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """One dense model of m3vit_micro's size per task."""
     return _single_task(tasks, MICRO, overrides)
 
 
-@register_model
+@register_model(modality="image")
 def single_task_tiny(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """One dense model of m3vit_tiny's size per task."""
     return _single_task(tasks, TINY, overrides)
 
 
-@register_model
+@register_model(modality="image")
 def single_task_small(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """One dense model of m3vit_small's size per task."""
     return _single_task(tasks, SMALL, overrides)
 
 
-@register_model
+@register_model(modality="image")
 def single_task_base(tasks: Sequence[Task], **overrides: Any) -> nn.Module:
     """One dense model of m3vit_base's size per task."""
     return _single_task(tasks, BASE, overrides)

@@ -24,6 +24,7 @@ _PUBLIC = {
     "task_similarity": "moe_mtl.similarity",
     "load": "moe_mtl.hub",
     "save": "moe_mtl.hub",
+    "push": "moe_mtl.hub",
 }
 __all__ = [*_PUBLIC, "__version__"]
 
@@ -31,6 +32,7 @@ if _TYPE_CHECKING:
     from moe_mtl.backbones import moefy as moefy
     from moe_mtl.fine_tuning import finetune as finetune
     from moe_mtl.hub import load as load
+    from moe_mtl.hub import push as push
     from moe_mtl.hub import save as save
     from moe_mtl.new_task import add_task as add_task
     from moe_mtl.registry import create_model as create_model

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from moe_mtl.card_page import HUB_TASKS, count, front_matter, page, short, table
 from moe_mtl.cost import AGREES
 from moe_mtl.gates import resolve_k
 from moe_mtl.results import format_metric, width_of
@@ -29,21 +30,6 @@ DATA = {
         "their owners state no licence for the labels.",
         "It has seen indoor scenes of one data set only.",
     ),
-}
-
-# kind of task -> the hub's name for it, where the hub has one
-HUB_TASKS = {
-    "binary": "image-classification",
-    "classification": "image-classification",
-    "multilabel": "image-classification",
-    "segmentation": "image-segmentation",
-    "depth": "depth-estimation",
-}
-HUB_TASKS_OF_TABLES = {
-    "binary": "tabular-classification",
-    "classification": "tabular-classification",
-    "multilabel": "tabular-classification",
-    "regression": "tabular-regression",
 }
 
 # what `moe_mtl.diagnostics.diagnose` tells of a layer -> heading and format of its column
@@ -75,19 +61,18 @@ def card(results: Mapping[str, Any]) -> str:
         ("Limits", _limits(results)),
         ("File", _file(results)),
     ]
-    body = "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in sections if text)
-    return f"---\n{_head(results)}\n---\n\n# {name}\n\n{body}\n"
+    return page(_head(results), name, sections)
 
 
 # ---- sections -------------------------------------------------------------------------------------------------------
 
 
 def _head(results: Mapping[str, Any]) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import EvalResult
 
     data = results["data"]
     kinds: dict[str, str] = {task["name"]: task["kind"] for task in results["tasks"]}
-    hub_tasks = HUB_TASKS_OF_TABLES if _image_size(results) is None else HUB_TASKS
+    hub_tasks = HUB_TASKS["table" if _image_size(results) is None else "image"]
     scores = [
         EvalResult(
             task_type=hub_tasks.get(kinds[task], kinds[task].replace("_", "-")),
@@ -103,27 +88,25 @@ def _head(results: Mapping[str, Any]) -> str:
         for metric, value in metrics.items()
         if value is not None
     ]
-    head = ModelCardData(
+    return front_matter(
+        kinds.values(),
         model_name=results["label"],
-        library_name="moe_mtl",
-        tags=["multi-task-learning", "mixture-of-experts", *sorted(set(kinds.values()))],
         datasets=[data["name"]],
         metrics=list(dict.fromkeys(metric for metrics in results["metrics"].values() for metric in metrics)),
         eval_results=scores or None,
     )
-    return head.to_yaml().strip()
 
 
 def _summary(results: Mapping[str, Any]) -> str:
     model, weights = results["model"], results["weights"]
     args, tasks = model["args"], [task["name"] for task in results["tasks"]]
     text = (
-        f"`{model['name']}`, one model for {_count(len(tasks), 'task')} ({', '.join(tasks)}): "
-        f"{_short(model['parameters'])} parameters"
+        f"`{model['name']}`, one model for {count(len(tasks), 'task')} ({', '.join(tasks)}): "
+        f"{short(model['parameters'])} parameters"
     )
     if "gate" in args and results.get("usage"):
         active = resolve_k(args["gate"], args["experts"], args.get("k"))
-        layers = _count(len(results["usage"]), "layer")
+        layers = count(len(results["usage"]), "layer")
         text += f", {layers} of {args['experts']} experts of which a `{args['gate']}` gate gives each token {active}"
     return f"{text}; a file of {weights['bytes'] / 1e6:.1f} MB in {weights['dtype']}."
 
@@ -149,7 +132,7 @@ assert torch.allclose(alone(x)["{task}"], prediction, atol=1e-4)
 """
     rows = [[f"`{task['name']}`", task["kind"], str(task["channels"])] for task in results["tasks"]]
     shapes = "Shapes per kind stand in `moe_mtl.tasks`."
-    return f"```python\n{code}```\n\n{_table(['task', 'kind', '#channels'], rows)}\n\n{shapes}"
+    return f"```python\n{code}```\n\n{table(['task', 'kind', '#channels'], rows)}\n\n{shapes}"
 
 
 def _scores(results: Mapping[str, Any]) -> str:
@@ -165,7 +148,7 @@ def _scores(results: Mapping[str, Any]) -> str:
     head = ["task", "metric", "better", "#this model", *(f"#{other['label']}" for other in baselines)]
     text = [
         f"On {data['samples']:,} samples of the split `{data['split']}` of {data['name']}, where they have labels.",
-        _table(head, rows),
+        table(head, rows),
     ]
     text += [_comparison(other) for other in baselines if other.get("gain")]
     return "\n\n".join(text)
@@ -175,10 +158,10 @@ def _comparison(other: Mapping[str, Any]) -> str:
     """A sentence on the gain over a baseline, every losing task named."""
     gain = other["gain"]
     losing = sorted((value, task) for task, value in gain["per_task"].items() if value < 0)
-    verdict = "no task loses" if not losing else f"{_count(len(losing), 'task')} of {len(gain['per_task'])} lost: "
+    verdict = "no task loses" if not losing else f"{count(len(losing), 'task')} of {len(gain['per_task'])} lost: "
     verdict += ", ".join(f"`{task}` ({value:+.1f} %)" for value, task in losing)
     return (
-        f"Against {other['label']} ({_short(other['parameters'])} parameters): **delta_task "
+        f"Against {other['label']} ({short(other['parameters'])} parameters): **delta_task "
         f"{gain['delta_task']:+.2f} %** (mean gain over tasks, higher is better), delta_metric "
         f"{gain['delta_metric']:+.2f} % (over metrics, lower is better); {verdict}."
     )
@@ -193,15 +176,15 @@ def _cost(results: Mapping[str, Any]) -> str:
     for batch in batches:
         for row in tables[batch]:
             groups.setdefault(row["run"], {}).setdefault(batch, []).append(row)
-    table = []
+    lines = []
     for run, rows in groups.items():
         first = rows[batches[0]]
         flops = fmean(row["flops"] / row["batch"] for row in first)
         label = run if first[0]["task"] is None else f"{run}, mean of {len(first)}"
         cells = [f"{flops / 1e6:.1f}", _number(fmean(row["relative_flops"] for row in first), ".0%")]
-        cells.append(_short(fmean(row["parameters"] for row in first)))
+        cells.append(short(fmean(row["parameters"] for row in first)))
         cells += [f"{1e3 * fmean(row['seconds'] for row in rows[batch]):.2f}" for batch in batches]
-        table.append([label, *cells])
+        lines.append([label, *cells])
     head = ["runs", "#MFLOPs per sample", "#of all tasks", "#parameters", *(f"#ms, batch {batch}" for batch in batches)]
     note = f"A multiply-add is 2 FLOPs. Times are medians on {results['versions']['device']}."
     if results.get("dense"):
@@ -210,7 +193,7 @@ def _cost(results: Mapping[str, Any]) -> str:
             f" The dense rows are those of an untrained `{dense['name']}` of width {width_of(dense['args'])}, the one "
             "nearest in parameters."
         )
-    text = [_table(head, table), note]
+    text = [table(head, lines), note]
     if results.get("agreement"):
         worst = max(value for row in results["agreement"].values() for value in row.values())
         verdict = "agrees with" if worst <= AGREES else "DIFFERS from"
@@ -232,7 +215,7 @@ def _experts(results: Mapping[str, Any]) -> str:
             [f"`{layer}`", *(_number(facts.get(key), ROUTING[key][1]) for key in columns)]
             for layer, facts in routing.items()
         ]
-        text.append(_table(["layer", *(f"#{ROUTING[key][0]}" for key in columns)], rows))
+        text.append(table(["layer", *(f"#{ROUTING[key][0]}" for key in columns)], rows))
         text.append("Mutual information is that of task and expert: 0 where all tasks use the experts alike.")
     layers, tasks = list(usage), next(iter(usage.values()))["tasks"]
     favourites = [
@@ -240,7 +223,7 @@ def _experts(results: Mapping[str, Any]) -> str:
         for position, task in enumerate(tasks)
     ]
     text.append("The experts each task chooses most, and the share of its choices that falls on them:")
-    text.append(_table(["task", *(f"`{layer}`" for layer in layers)], favourites))
+    text.append(table(["task", *(f"`{layer}`" for layer in layers)], favourites))
     return "\n\n".join(text)
 
 
@@ -333,19 +316,3 @@ def _favourites(shares: Sequence[float | None], shown: int = 4) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form).replace("%", " %")
-
-
-def _short(number: float) -> str:
-    """1234567 as 1.23 M."""
-    return f"{number / 1e6:.2f} M" if number >= 1e6 else f"{number / 1e3:.0f} k"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a head that starts with # stands over numbers."""
-    rule = ["---:" if name.startswith("#") else "---" for name in head]
-    lines = [[name.removeprefix("#") for name in head], rule, *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,15 +1,16 @@
-"""Model folders: `save` and `load`; and the pretrained ones among them, which come with the library.
+"""Model folders and the hub: `save`, `load`, `push`.
 
-A folder holds config.json (name, options, tasks, code version) and model.safetensors. A pretrained model is such a
-folder in `weights/`, named `<model>.<tag>` after the architecture and what it was trained on; SHA256SUMS beside them
-lists the checksum of every weights file.
+A folder holds config.json (name, options, tasks, code version), model.safetensors and README.md, the card. A pretrained
+model of the library is such a folder, see `moe_mtl.pretrained`; a repository on the hub holds the same files.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Sequence
-from importlib import import_module
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_mtl import __version__, sparse
+from moe_mtl.folder_card import folder_card, is_own
+from moe_mtl.locate import CARD, HUB_ID, find
+from moe_mtl.pretrained import CONFIG, WEIGHTS, check_sha256, missing_files, pretrained_folder
 from moe_mtl.registry import create_model
 from moe_mtl.tasks import Task, check_tasks, nearest
 
-CONFIG, WEIGHTS, CHECKSUMS = "config.json", "model.safetensors", "SHA256SUMS"
 HALF = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-# ---- writing and reading folders ------------------------------------------------------------------------------------
-
-
 def save(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Path:
-    """Writes a model made by `create_model` (or extracted from one) so that `load` builds it again.
+    """Writes a model made by `create_model` or `moefy` (or extracted from one) so that `load` builds it again.
 
     The weights file carries the configuration too, and `load` goes by that: config.json is the copy for people. So one
-    file, moved into place when it is complete, decides, and an interrupted save leaves the model that was there or the
-    whole new one.
+    file, moved into place when all are complete, decides, and an interrupted save leaves the model that was there or
+    the whole new one. README.md, the card, replaces one that `save` wrote; one that a person wrote or edited stays.
 
     Args:
         model: what to write.
@@ -45,43 +45,155 @@ def save(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dtype | 
     Raises:
         ValueError: the model was not made by `create_model`, so its architecture cannot be named; or a weight is too
             large for the dtype.
+        OSError: the folder cannot be written to, or the disk is full; what it held is unchanged.
     """
     if dtype is not None and dtype not in HALF:
         raise ValueError(f"dtype: got {dtype}, expected {' or '.join(map(str, HALF))}, or None for the model's own")
     model = getattr(model, "_orig_mod", model)  # a compiled model wraps the one that has a name
-    if not hasattr(model, "config"):
-        raise ValueError(f"model: a {type(model).__name__} without `config`; only models of create_model can be saved")
     named: Any = model
+    if not isinstance(getattr(model, "config", None), dict):
+        why = getattr(model, "unnamed", "only models of create_model and moefy can be saved")
+        raise ValueError(f"model: a {type(model).__name__} without a `config` that names its architecture; {why}")
     folder = Path(folder)
     config = {**named.config, "tasks": [task.to_dict() for task in named.tasks], "moe_mtl": __version__}
+    if hasattr(model, "extraction"):
+        config["extraction"] = asdict(named.extraction)
     # copies: tied weights, such as T5's embeddings, share memory, which the format refuses
     weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     if dtype is not None:
         config["dtype"] = HALF[dtype]
         weights = {name: _in_half(name, tensor, dtype) for name, tensor in weights.items()}
     text = json.dumps(config, indent=2)  # before anything is written: a config that is not JSON fails here
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / WEIGHTS, lambda path: save_file(weights, path, metadata={"format": "pt", CONFIG: text}))
-    replace_file(folder / CONFIG, lambda path: path.write_text(text + "\n"))
+    with replacing(folder) as new:
+        save_file(weights, new / WEIGHTS, metadata={"format": "pt", CONFIG: text})
+        (new / CONFIG).write_text(text + "\n")
+        card = folder / CARD
+        if not card.exists() or is_own(card.read_text(encoding="utf-8", errors="replace")):
+            (new / CARD).write_text(folder_card(model, config, new / WEIGHTS), encoding="utf-8")
     return folder
 
 
-def load(folder: str | os.PathLike[str]) -> nn.Module:
-    """The model that `save` wrote, in evaluation mode and float32 whatever the precision of the file.
+def load(source: str | os.PathLike[str], revision: str | None = None) -> nn.Module:
+    """A model that `save` wrote, in evaluation mode and float32 whatever the precision of the file.
+
+    Args:
+        source: looked for in this order: a folder; a pretrained model of the library, `<model>.<tag>`, whose sha256 is
+            checked; a model on the hub, `owner/name`, of which only the files of a model folder are downloaded.
+        revision: branch, tag or commit on the hub.
 
     Raises:
-        FileNotFoundError: the folder or one of its two files is missing.
-        ValueError: the files are truncated or belong to another architecture; nothing half-loaded is returned.
+        FileNotFoundError: there is none of these, or the folder lacks a file; the nearest names are listed.
+        ConnectionError: it can only be on the hub, which could not be reached.
+        ValueError: the files are truncated or belong to another architecture, nothing half-loaded is returned; or a
+            revision of what has none.
     """
-    folder = Path(folder)
+    return _read(find(source, revision))
+
+
+def push(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+    **upload: Any,
+) -> str:
+    """Sends a model to the Hugging Face hub, in one commit; `load(repo_id)` gives it back.
+
+    What `save` writes is what is sent. A README.md there that a person wrote or edited stays.
+
+    Args:
+        model: what to send.
+        repo_id: `owner/name`, or `name` for your own; made when missing.
+        private: whether a new repository is private; None for the default of its owner.
+        revision: branch to commit to, made when missing; None for the main branch.
+        commit_message: None for the default of the hub's client.
+        token: of the hub; None for the one its client has stored.
+        **upload: further options of `huggingface_hub.HfApi.upload_folder`.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: the model cannot be saved, and nothing was sent; or `repo_id` is no name of a repository.
+    """
+    if not HUB_ID.fullmatch(repo_id if "/" in repo_id else f"me/{repo_id}"):
+        raise ValueError(f"repo_id: got {repo_id!r}, expected 'owner/name' of letters, digits, '-', '_' and '.'")
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save(model, Path(temporary) / "model")
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if api.file_exists(repo_id, CARD, revision=revision):
+            there = Path(api.hf_hub_download(repo_id, CARD, revision=revision))
+            if not is_own(there.read_text(encoding="utf-8", errors="replace")):
+                (folder / CARD).unlink()
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message, **upload
+        )
+
+
+def load_pretrained(name: str, tasks: Sequence[Task | str] | str | None = None) -> nn.Module:
+    """A pretrained model, in evaluation mode and float32, once the checksum of its file has been found right.
+
+    Args:
+        name: `<model>.<tag>`, or `<model>` for the first of its tags.
+        tasks: which of its tasks to extract, names or equal `Task`s; None for the whole model.
+
+    Raises:
+        FileNotFoundError: the folder lacks a file.
+        ValueError: no such weights; a file that is not the one SHA256SUMS lists; a task the model was not trained on.
+    """
+    folder = pretrained_folder(name)
+    check_sha256(folder)
+    model: Any = _read(folder)
+    if tasks is None:
+        return model
+    own = {task.name: task for task in model.tasks}
+    names = []
+    for task in [tasks] if isinstance(tasks, str) else tasks:
+        wanted = task if isinstance(task, str) else check_tasks([task])[0].name
+        if wanted not in own:
+            raise ValueError(
+                f"tasks: {folder.name} was not trained on {wanted!r}; {nearest(wanted, own)}. Fresh weights for other "
+                "tasks: pretrained=False"
+            )
+        if not isinstance(task, str) and task != own[wanted]:
+            raise ValueError(
+                f"tasks: {folder.name} was trained on another {wanted!r} task, {own[wanted]}; got {task}. "
+                f"Pass the name {wanted!r} to take it as it is"
+            )
+        names.append(wanted)
+    return sparse.extract(model, names)
+
+
+# ---- the files of a folder ------------------------------------------------------------------------------------------
+
+
+def _read(folder: Path) -> nn.Module:
+    """The model of a folder, see `load`."""
     config, where = read_config(folder)
+    if "model_type" in config:
+        raise ValueError(
+            f"folder: {folder} holds a {config['model_type']!r} model of transformers; use its "
+            "AutoModel.from_pretrained (for 'moe_mtl' after `import moe_mtl.backbones.hf_model`)"
+        )
     try:
         tasks = [Task.from_dict(task) for task in config["tasks"]]
         model: Any = create_model(config["name"], tasks=tasks, **config["args"])
         if "kept_experts" in config:  # it was pruned: fewer experts than its options say
             sparse.keep_experts(model, config["kept_experts"])
+        if "extraction" in config:
+            model.extraction = sparse.Extraction.from_dict(config["extraction"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"folder: {where} holds no model configuration ({error!r})") from error
+        written = config.get("moe_mtl", "another version")
+        by = "" if written == __version__ else f"; it was written by moe_mtl {written}, this is {__version__}"
+        raise ValueError(f"folder: {where} holds no model configuration ({error!r}){by}") from error
     load_weights(model, folder / WEIGHTS)
     return model.eval()
 
@@ -91,11 +203,10 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Path]:
 
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
-        ValueError: the weights are truncated, or the configuration is not JSON.
+        ValueError: the weights are truncated, or the configuration is no JSON object.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"folder: {folder} holds no {name}; expected a folder written by moe_mtl.save")
+    if missing := missing_files(folder):
+        raise FileNotFoundError(f"folder: {folder} holds no {missing[0]}; expected a folder written by moe_mtl.save")
     path = folder / WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
@@ -107,6 +218,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Path]:
         config = json.loads(where.read_text() if text is None else text)
     except ValueError as error:
         raise ValueError(f"folder: {where} holds no model configuration ({error!r})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"folder: {where} holds no model configuration, but a {type(config).__name__}")
     return config, where
 
 
@@ -135,6 +248,39 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model.load_state_dict(found)
 
 
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files move into a model folder once all of them are complete and on disk.
+
+    The weights move first: they alone decide which model the folder holds. Other files of the folder stay.
+
+    Raises:
+        OSError: nothing could be written, or not all of it; what the folder held is unchanged.
+    """
+    made, moved, new = not folder.exists(), False, None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=".unfinished_", dir=folder))
+        yield new
+        paths = sorted(new.iterdir(), key=lambda path: (path.name != WEIGHTS, path.name))
+        for path in paths:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        for path in paths:
+            os.replace(path, folder / path.name)
+            moved = True
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
+        left = "the new weights are in place, not all other files" if moved else "what it held is unchanged"
+        message = f"folder: could not write the model to {folder} ({error}); {left}. Free space, or name another folder"
+        code = getattr(error, "errno", None)
+        raise (OSError(message) if code is None else OSError(code, message)) from error
+    finally:
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
+        if made and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def replace_file(path: Path, write) -> None:
     """Writes a file through `write(temporary path)` and moves it into place once it is complete and on disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -159,138 +305,3 @@ def _in_half(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             f"{torch.finfo(dtype).max:.3g}); save in bfloat16 or without dtype"
         )
     return half
-
-
-# ---- pretrained models ----------------------------------------------------------------------------------------------
-
-
-def weights_root() -> Path:
-    """The folder of the pretrained models: `weights/` of a checkout, `moe_mtl/weights/` of an installed library."""
-    return Path(next(iter(import_module("moe_mtl.weights").__path__)))
-
-
-def list_pretrained() -> list[str]:
-    """Names `<model>.<tag>` of the pretrained models, sorted."""
-    named = (path for path in weights_root().iterdir() if "." in path.name and not path.name.startswith("."))
-    return sorted(path.name for path in named if _is_model(path))
-
-
-def find(name: str | os.PathLike[str]) -> Path:
-    """The folder of a model: a model folder itself, or that of a pretrained name.
-
-    Args:
-        name: a folder; `<model>.<tag>`; or `<model>`, for the first of its tags. A folder wins over a name.
-
-    Raises:
-        FileNotFoundError: there is neither; the nearest names are listed.
-    """
-    folder = Path(name)
-    if _is_model(folder):
-        return folder
-    if folder.is_dir():
-        missing = " and no ".join(file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file())
-        raise FileNotFoundError(f"{folder} holds no {missing}; expected a folder written by train.py or moe_mtl.save")
-    if full := _full_name(os.fspath(name)):
-        return weights_root() / full
-    raise FileNotFoundError(
-        f"{folder} is not a folder; expected a folder written by train.py or moe_mtl.save, or a pretrained model: "
-        f"{nearest(os.fspath(name), list_pretrained())}"
-    )
-
-
-def pretrained_folder(name: str) -> Path:
-    """The folder of a pretrained model.
-
-    Args:
-        name: `<model>.<tag>`, or `<model>` for the first of its tags.
-
-    Raises:
-        ValueError: there are no weights of that name; the nearest are listed.
-    """
-    if full := _full_name(name):
-        return weights_root() / full
-    raise ValueError(
-        f"name: no pretrained weights {name!r} (folders are for moe_mtl.load); {nearest(name, list_pretrained())}"
-    )
-
-
-def load_pretrained(name: str, tasks: Sequence[Task | str] | str | None = None) -> nn.Module:
-    """A pretrained model, in evaluation mode and float32, once the checksum of its file has been found right.
-
-    Args:
-        name: `<model>.<tag>`, or `<model>` for the first of its tags.
-        tasks: which of its tasks to extract, names or equal `Task`s; None for the whole model.
-
-    Raises:
-        FileNotFoundError: the folder lacks a file.
-        ValueError: no such weights; a file that is not the one SHA256SUMS lists; a task the model was not trained on.
-    """
-    folder = pretrained_folder(name)
-    check_sha256(folder)
-    model: Any = load(folder)
-    if tasks is None:
-        return model
-    own = {task.name: task for task in model.tasks}
-    names = []
-    for task in [tasks] if isinstance(tasks, str) else tasks:
-        wanted = task if isinstance(task, str) else check_tasks([task])[0].name
-        if wanted not in own:
-            raise ValueError(
-                f"tasks: {folder.name} was not trained on {wanted!r}; {nearest(wanted, own)}. Fresh weights for other "
-                "tasks: pretrained=False"
-            )
-        if not isinstance(task, str) and task != own[wanted]:
-            raise ValueError(
-                f"tasks: {folder.name} was trained on another {wanted!r} task, {own[wanted]}; got {task}. "
-                f"Pass the name {wanted!r} to take it as it is"
-            )
-        names.append(wanted)
-    return sparse.extract(model, names)
-
-
-def check_sha256(folder: Path) -> None:
-    """Compares the weights of a pretrained folder with SHA256SUMS beside it.
-
-    Raises:
-        ValueError: no line for this file, or it is another file.
-    """
-    sums, name = folder.parent / CHECKSUMS, f"{folder.name}/{WEIGHTS}"
-    expected = read_checksums(sums).get(name)
-    if expected is None:
-        raise ValueError(f"{sums} has no line for {name}; install moe_mtl again, or load the folder with moe_mtl.load")
-    found = sha256(folder / WEIGHTS)
-    if found != expected:
-        raise ValueError(
-            f"{folder / WEIGHTS} is not the published file: its sha256 is {found}, {sums.name} says {expected}; it is "
-            "damaged or was changed, install moe_mtl again"
-        )
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file, 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_checksums(path: Path) -> dict[str, str]:
-    """File name to checksum, from lines as `sha256sum` writes them; none where there is no such file.
-
-    Raises:
-        ValueError: a line is something else.
-    """
-    sums = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        digest, _, name = line.partition("  ")
-        if len(digest) != 64 or not name:
-            raise ValueError(f"{path}: {line!r} is not a line of sha256sum")
-        sums[name] = digest
-    return sums
-
-
-def _full_name(name: str) -> str | None:
-    """`<model>.<tag>` of a pretrained name, None where there is no such model."""
-    return next((full for full in list_pretrained() if name in (full, full.partition(".")[0])), None)
-
-
-def _is_model(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in (CONFIG, WEIGHTS))

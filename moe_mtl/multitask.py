@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from moe_mtl.heads import Features
+from moe_mtl.hub_mixin import HubModel
 from moe_mtl.layers import ContextMoE, MoE, TaskContext
 from moe_mtl.routing import Routing, TaskIds
 from moe_mtl.tasks import Task, check_tasks, nearest
@@ -127,7 +128,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class MultiTaskModel(nn.Module):
+class MultiTaskModel(HubModel, nn.Module):
     """A backbone shared by tasks, with task-gated experts inside and one head per task.
 
     The part of the backbone before the first task-dependent layer runs once per image; from there on tasks are stacked
@@ -356,7 +357,7 @@ class MultiTaskModel(nn.Module):
             raise ValueError(f"x: got {x.dtype} images, the model is {own}; cast one of them or use torch.autocast")
 
 
-class SingleTaskSet(nn.Module):
+class SingleTaskSet(HubModel, nn.Module):
     """One independent model per task behind the call of a multi-task model: the single-task control.
 
     Args:

@@ -5,32 +5,74 @@ weights are named `<model>.<tag>`; the tag says what they were trained on.
 """
 
 import importlib
+import inspect
 import json
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from fnmatch import fnmatch
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 
-from moe_mtl.tasks import Task, check_tasks, nearest
+from moe_mtl.pretrained import WEIGHTS, count_weights, list_pretrained, pretrained_folder
+from moe_mtl.tasks import DENSE_KINDS, KINDS, Task, check_tasks, nearest
 
 Config = TypeVar("Config")
+Build = TypeVar("Build", bound=Callable[..., nn.Module])
+Modality = Literal["image", "table", "text"]
 
-_MODELS: dict[str, Callable[..., nn.Module]] = {}
+VECTOR_KINDS = ("binary", "classification", "multilabel", "regression")  # of a whole sample
+MODALITIES: dict[str, tuple[str, ...]] = {  # what a model takes -> the kinds of task such models predict
+    "image": (*VECTOR_KINDS, *sorted(DENSE_KINDS)),
+    "table": VECTOR_KINDS,
+    "text": (*VECTOR_KINDS, "tagging"),
+}
 
 
-def register_model(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+@dataclass(frozen=True)
+class Architecture:
+    """A registered model.
+
+    Attributes:
+        build: (tasks, **overrides) to the model.
+        modality: what it takes, the key of a batch: "image", "table" or "text".
+        kinds: the kinds of task it can predict.
+    """
+
+    build: Callable[..., nn.Module]
+    modality: str
+    kinds: tuple[str, ...]
+
+
+_MODELS: dict[str, Architecture] = {}
+
+
+def register_model(*, modality: Modality, kinds: Sequence[str] | None = None) -> Callable[[Build], Build]:
     """Decorator: makes `build(tasks, **overrides)` available under its own name.
 
+    Args:
+        modality: what the model takes.
+        kinds: the kinds of task it can predict; those of its modality when None.
+
     Raises:
-        ValueError: the name is taken, usually because a file was imported under two names.
+        ValueError: the name is taken, usually because a file was imported under two names; or an unknown modality
+            or kind.
     """
-    if build.__name__ in _MODELS:
-        raise ValueError(f"model {build.__name__!r} is already registered by {_MODELS[build.__name__].__module__}")
-    _MODELS[build.__name__] = build
-    return build
+    _check_known("modality", modality, MODALITIES)
+    for kind in kinds or ():
+        _check_known("kinds", kind, KINDS)
+
+    def register(build: Build) -> Build:
+        name = build.__name__
+        if name in _MODELS:
+            raise ValueError(f"model {name!r} is already registered by {_MODELS[name].build.__module__}")
+        _MODELS[name] = Architecture(build, modality, tuple(MODALITIES[modality] if kinds is None else kinds))
+        return build
+
+    return register
 
 
 def _load_families() -> None:
@@ -39,20 +81,89 @@ def _load_families() -> None:
         importlib.import_module(f"moe_mtl.models.{found.name}")
 
 
-def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
-    """Names of all models that match a wildcard pattern, sorted.
+def summary(name: str) -> str:
+    """The first sentence of what is said about a model of `list_models()`, without its full stop."""
+    _load_families()
+    return (inspect.getdoc(_MODELS[name].build) or "").partition("\n")[0].removesuffix(".")
+
+
+def list_models(
+    pattern: str = "*",
+    *,
+    pretrained: bool = False,
+    modality: Modality | None = None,
+    kind: str | Sequence[str] | None = None,
+    max_params: int | None = None,
+) -> list[str]:
+    """Names of the models that fit all that is asked for, sorted.
 
     Args:
-        pattern: for the whole name; with `pretrained` one for the part before the tag will do.
-        pretrained: list the weights that come with the library instead, as `<model>.<tag>`.
+        pattern: a wildcard pattern for the whole name; with `pretrained` one for the part before the tag will do.
+        pretrained: list the weights that come with the library, as `<model>.<tag>`, instead of architectures.
+        modality: what the model takes: "image", "table" or "text".
+        kind: a kind of task, see `moe_mtl.tasks`, or several: architectures that can predict tasks of all of them;
+            weights that were trained on a task of each.
+        max_params: the most parameters. Of weights all in their file count. An architecture counts with its default
+            options and one task, each further one adding its head and routers; one whose size only its data or its
+            encoder decides, as for tables and texts, has none and is left out.
+
+    Raises:
+        ValueError: an unknown modality or kind, the nearest are listed; or `max_params` below 1.
     """
-    if not pretrained:
+    if modality is not None:
+        _check_known("modality", modality, MODALITIES)
+    kinds = () if kind is None else (kind,) if isinstance(kind, str) else tuple(kind)
+    for one in kinds:
+        _check_known("kind", one, KINDS)
+    if max_params is not None and max_params < 1:
+        raise ValueError(f"max_params: got {max_params}, expected at least 1")
+    if not pretrained or modality is not None:
         _load_families()
-        return sorted(name for name in _MODELS if fnmatch(name, pattern))
+    found = []
+    for name in list_pretrained() if pretrained else sorted(_MODELS):
+        architecture = name.partition(".")[0]
+        if not (fnmatch(name, pattern) or (pretrained and fnmatch(architecture, pattern))):
+            continue
+        if modality is not None and modality != _known(architecture).modality:
+            continue
+        if not set(kinds) <= set(_trained_kinds(name) if pretrained else _known(architecture).kinds):
+            continue
+        if max_params is not None:
+            size = count_weights(pretrained_folder(name) / WEIGHTS) if pretrained else _default_size(architecture)
+            if size is None or size > max_params:
+                continue
+        found.append(name)
+    return found
+
+
+def _check_known(argument: str, value: str, known: Iterable[str]) -> None:
+    if value not in (names := tuple(known)):
+        raise ValueError(f"{argument}: unknown {value!r}; {nearest(str(value), names)}")
+
+
+def _known(name: str) -> Architecture:
+    if name not in _MODELS:
+        raise ValueError(f"name: unknown model {name!r}; {nearest(name, _MODELS)}")
+    return _MODELS[name]
+
+
+def _trained_kinds(name: str) -> set[str]:
+    """The kinds of task that pretrained weights were trained on."""
     from moe_mtl import hub  # late: it builds what it loads with this module
 
-    names = hub.list_pretrained()
-    return [name for name in names if fnmatch(name, pattern) or fnmatch(name.partition(".")[0], pattern)]
+    config, _ = hub.read_config(pretrained_folder(name))
+    return {task["kind"] for task in config["tasks"]}
+
+
+@cache
+def _default_size(name: str) -> int | None:
+    """The parameters of an architecture with its default options and one task; None where these do not suffice."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # shapes without numbers
+            model = _MODELS[name].build((Task.binary("task"),))
+    except ValueError:
+        return None
+    return sum(p.numel() for p in model.parameters())
 
 
 def create_model(
@@ -87,18 +198,17 @@ def create_model(
         return hub.load_pretrained(name, tasks)
     name, _, tag = name.partition(".")
     if tag:
-        config, _ = hub.read_config(hub.pretrained_folder(f"{name}.{tag}"))
+        config, _ = hub.read_config(pretrained_folder(f"{name}.{tag}"))
         overrides = {**config["args"], **overrides}
-    known = list_models()
-    if name not in _MODELS:
-        raise ValueError(f"name: unknown model {name!r}; {nearest(name, known)}")
+    _load_families()
+    architecture = _known(name)
     if tasks is None:
         raise ValueError(
             f"tasks: fresh weights of {name!r} need to know what to predict; pass a list of Task, for example "
             "[Task.depth()], or pretrained=True for the tasks of trained weights"
         )
     wanted: Any = [tasks] if isinstance(tasks, str) else tasks
-    model: Any = _MODELS[name](check_tasks(wanted), **overrides)
+    model: Any = architecture.build(check_tasks(wanted), **overrides)
     try:
         args = json.loads(json.dumps(getattr(model, "options", overrides)))
     except TypeError as error:

@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 from moe_mtl.cost import AGREES
 from moe_mtl.diagnostics import LayerUsage, diagnose
-from moe_mtl.hub import replace_file, sha256
+from moe_mtl.hub import replace_file
+from moe_mtl.pretrained import sha256
 from moe_mtl.scoring import multi_task_gain
 from moe_mtl.tasks import Task
 

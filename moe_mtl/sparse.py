@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -45,6 +45,13 @@ class Extraction:
     """
 
     layers: dict[str, LayerExtraction]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The extraction `dataclasses.asdict` wrote, read back from JSON."""
+        return cls(
+            {name: LayerExtraction(**{**layer, "kept": tuple(layer["kept"])}) for name, layer in data["layers"].items()}
+        )
 
     def __str__(self) -> str:
         lines = []

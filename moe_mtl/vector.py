@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from moe_mtl.columns import Column, read_columns
 from moe_mtl.embeddings import FlatColumns
 from moe_mtl.heads import Features
+from moe_mtl.hub_mixin import HubModel
 from moe_mtl.lenet import LeNet
 from moe_mtl.multitask import check_new, others, present_ids, renamed, select_rows, task_ids
 from moe_mtl.routing import Routing
@@ -65,7 +66,7 @@ class ExpertsConfig(VectorConfig):
     layout: Mapping[str, Any] | None = None
 
 
-class VectorModel(nn.Module):
+class VectorModel(HubModel, nn.Module):
     """Encoder, trunk and towers behind the call of a multi-task model.
 
     Args:

@@ -8,9 +8,10 @@ import pytest
 import torch
 import yaml
 
-from moe_mtl import create_model, hub
+from moe_mtl import create_model, hub, pretrained
 from moe_mtl.card import card
 from moe_mtl.data import ProcRoom
+from moe_mtl.pretrained import sha256
 from moe_mtl.results import describe_weights, format_metric
 from moe_mtl.tasks import Task
 
@@ -168,7 +169,7 @@ def test_training_file_and_versions(results, folder):
     assert "- steps: 77" in training and "- lr: 0.005" in training and "runs/x" not in training
     file = section(text, "File")
     size = (folder / "model.safetensors").stat().st_size
-    assert hub.sha256(folder / "model.safetensors") in file and f"{size:,} bytes" in file
+    assert sha256(folder / "model.safetensors") in file and f"{size:,} bytes" in file
     assert "float16" in file and "2030-01-02" in file and "torch 9.9" in file
     assert "m3vit_micro`, one model for 3 tasks (depth, scene, edges): 1.23 M parameters" in text
     assert "1 layer of 3 experts of which a `noisy_topk` gate gives each token 2" in text
@@ -190,8 +191,8 @@ def test_the_head_is_what_hubs_read(results):
 
 
 def test_its_code_runs(results, folder, monkeypatch):
-    (folder.parent / "SHA256SUMS").write_text(f"{hub.sha256(folder / 'model.safetensors')}  {NAME}/model.safetensors\n")
-    monkeypatch.setattr(hub, "weights_root", lambda: folder.parent)
+    (folder.parent / "SHA256SUMS").write_text(f"{sha256(folder / 'model.safetensors')}  {NAME}/model.safetensors\n")
+    monkeypatch.setattr(pretrained, "weights_root", lambda: folder.parent)
     use, data = re.findall(r"```python\n(.*?)```", card(results), re.S)
     names = {}
     exec(compile(use, "card", "exec"), names)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_mtl import hub, recipes
+from moe_mtl import pretrained, recipes
 from moe_mtl.data import ProcRoom, collate
 from moe_mtl.diagnostics import expert_usage, mutual_information
 from moe_mtl.hub import load, save
@@ -251,7 +251,7 @@ def test_against_baselines(script, folder, whole, tmp_path, capsys):
 
 def test_a_pretrained_model_by_name(script, folder, tmp_path, monkeypatch):
     bundled = tmp_path / "weights" / "m3vit_micro.tiny"
-    monkeypatch.setattr(hub, "weights_root", lambda: tmp_path / "weights")
+    monkeypatch.setattr(pretrained, "weights_root", lambda: tmp_path / "weights")
     save(load(folder), bundled, dtype=torch.float16)
     (bundled / "run.json").write_text((folder / "run.json").read_text())
     monkeypatch.chdir(tmp_path)
@@ -262,7 +262,12 @@ def test_a_pretrained_model_by_name(script, folder, tmp_path, monkeypatch):
     results = run(script, "m3vit_micro.tiny", "--limit=1", "--tasks=scene")
     assert results["label"] == "m3vit_micro.tiny" and results["weights"]["sha256"] == digest
     assert json.loads((tmp_path / "results" / "m3vit_micro.tiny.json").read_text()) == results
-    assert sorted(path.name for path in bundled.iterdir()) == ["config.json", "model.safetensors", "run.json"]
+    assert sorted(path.name for path in bundled.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "run.json",
+    ]
     with pytest.raises(FileNotFoundError, match=r"did you mean 'm3vit_micro\.tiny'"):
         run(script, "m3vit_micro.tyni")
 

@@ -2,10 +2,13 @@
 
 import json
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+import yaml
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import moe_mtl
@@ -19,6 +22,9 @@ TASKS = (
     Task.classification("scene", 3),
 )
 TINY = {"image_size": 16, "patch_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "experts": 3, "k": 2, "head_width": 8}
+
+
+FILES = ["README.md", "config.json", "model.safetensors"]
 
 
 def model(seed=0, **overrides):
@@ -40,7 +46,7 @@ def test_round_trip(tmp_path):
     assert again.tasks == TASKS and not again.training
     assert same(m, again, X)
     assert not same(model(seed=5), again, X)
-    assert sorted(os.listdir(tmp_path / "m")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "m")) == FILES
 
 
 def test_extracted_and_single_task_models_round_trip(tmp_path):
@@ -116,8 +122,11 @@ def test_a_pruned_model_round_trips(tmp_path):
 
 
 def test_missing_folder_and_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"nothing is not a folder; expected a folder written by"):
         hub.load(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty holds no config\.json and no model\.safetensors"):
+        hub.load(tmp_path / "empty")
     hub.save(model(), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
@@ -149,7 +158,12 @@ def test_broken_config_is_refused(tmp_path):
     path, weights = tmp_path / "m" / "config.json", tmp_path / "m" / "model.safetensors"
     whole = json.loads(path.read_text())
     save_file(load_file(weights), weights)  # without our metadata, config.json decides
-    for broken in (path.read_text()[:20], *(json.dumps({**whole, "args": a}) for a in ([], {"k": 2, "kk": 3}))):
+    for broken in (
+        path.read_text()[:20],
+        "[]",
+        "5",
+        *(json.dumps({**whole, "args": a}) for a in ([], {"k": 2, "kk": 3})),
+    ):
         path.write_text(broken)
         with pytest.raises(ValueError, match=r"config\.json holds no model configuration"):
             hub.load(tmp_path / "m")
@@ -169,7 +183,7 @@ def test_interrupted_save_leaves_the_previous_files(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         hub.save(model(seed=9), tmp_path / "m")
     assert same(m, hub.load(tmp_path / "m"), X)
-    assert sorted(os.listdir(tmp_path / "m")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "m")) == FILES
 
 
 def test_a_save_interrupted_between_its_files_leaves_the_whole_new_model(tmp_path, monkeypatch):
@@ -188,6 +202,138 @@ def test_a_save_interrupted_between_its_files_leaves_the_whole_new_model(tmp_pat
     assert same(new, hub.load(tmp_path / "m"), X)
 
 
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("fails_at", ["weights", "config.json", "README.md"])
+def test_a_full_disk_leaves_the_previous_folder(tmp_path, monkeypatch, fails_at):
+    hub.save(model(), tmp_path / "m")
+    before, write = snapshot(tmp_path / "m"), Path.write_text
+
+    def full(*args, **kwargs):
+        args[1].write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def full_for_text(path, *args, **kwargs):
+        write(path, "half")
+        if path.name == fails_at:
+            raise OSError(28, "No space left on device")
+        return write(path, *args, **kwargs)
+
+    if fails_at == "weights":
+        monkeypatch.setattr(hub, "save_file", full)
+    monkeypatch.setattr(Path, "write_text", full_for_text)
+    for folder in ("m", "new"):
+        with pytest.raises(
+            OSError, match=rf"folder: could not write.* to .*/{folder} \(.*No space left.*is unchanged\."
+        ):
+            hub.save(model(seed=9), tmp_path / folder)
+    assert snapshot(tmp_path / "m") == before and os.listdir(tmp_path) == ["m"]
+
+
+def test_a_folder_that_cannot_be_written_to_leaves_what_it_holds(tmp_path, monkeypatch):
+    hub.save(model(), tmp_path / "m")
+    before = snapshot(tmp_path / "m")
+
+    def refuse(**how):
+        raise PermissionError(13, "Permission denied", str(how["dir"]))
+
+    monkeypatch.setattr(hub.tempfile, "mkdtemp", refuse)  # as in a read-only folder; root may write to any
+    with pytest.raises(PermissionError, match=r"folder: could not write the model to .*/m \(.*Permission denied"):
+        hub.save(model(seed=9), tmp_path / "m")
+    assert snapshot(tmp_path / "m") == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=r"folder: could not write the model to .*/file/m"):
+        hub.save(model(), tmp_path / "file" / "m")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(tmp_path):
+    hub.save(model(), tmp_path / "m")
+    (tmp_path / "m").chmod(0o555)
+    before = snapshot(tmp_path / "m")
+    with pytest.raises(PermissionError, match="folder: could not write the model to"):
+        hub.save(model(seed=9), tmp_path / "m")
+    assert snapshot(tmp_path / "m") == before
+    (tmp_path / "m").chmod(0o755)
+
+
+def test_other_files_of_a_folder_stay(tmp_path):
+    hub.save(model(), tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    hub.save(model(seed=9), tmp_path / "m")
+    assert sorted(os.listdir(tmp_path / "m")) == [*FILES, "tokenizer.json"]
+
+
 def test_model_that_cannot_be_named(tmp_path):
-    with pytest.raises(ValueError, match="create_model"):
+    with pytest.raises(ValueError, match="only models of create_model and moefy"):
         hub.save(torch.nn.Linear(2, 2), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_folder_of_transformers_is_told_apart(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "moe_mtl"}')
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"holds a 'moe_mtl' model of transformers; use its AutoModel\.from_pretrained"
+    ):
+        hub.load(tmp_path)
+
+
+def test_a_configuration_of_another_version_says_so(tmp_path):
+    m = model()
+    m.config = {**m.config, "name": "m3vit_nano"}
+    weights = {name: tensor.clone() for name, tensor in m.state_dict().items()}
+    config = {**m.config, "tasks": [task.to_dict() for task in TASKS], "moe_mtl": "9.9"}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"config.json": json.dumps(config)})
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"m3vit_nano.*did you mean.*written by moe_mtl 9\.9, this is"):
+        hub.load(tmp_path)
+
+
+# ---- what comes with it ---------------------------------------------------------------------------------------------
+
+
+def test_the_report_of_an_extraction_comes_back(tmp_path):
+    small = extract(model(), "depth", [X], mass=0.2)
+    hub.save(small, tmp_path / "depth")
+    again: Any = hub.load(tmp_path / "depth")
+    assert again.extraction == small.extraction and again.config == small.config
+    (layer,) = again.extraction.layers.values()
+    assert layer.tokens == 32 and str(again.extraction) in (tmp_path / "depth" / "README.md").read_text()
+    assert not hasattr(hub.load(hub.save(model(), tmp_path / "m")), "extraction")
+
+
+def test_the_card_says_what_the_model_is_and_its_code_runs(tmp_path, monkeypatch):
+    m = model()
+    hub.save(m, tmp_path, dtype=torch.float16)
+    text = (tmp_path / "README.md").read_text()
+    head = yaml.safe_load(text.split("---\n")[1])
+    assert head["library_name"] == "moe_mtl" and {"multi-task-learning", "depth", "segmentation"} <= set(head["tags"])
+    assert head["metrics"][:2] == ["miou", "pixel_accuracy"] and "pipeline_tag" not in head  # no one fits three kinds
+    assert f"{sum(p.numel() for p in m.parameters()) / 1e3:.0f} k parameters" in text and "width 96" in text.lower()
+    assert "| `semseg` | segmentation | 4 | miou, pixel_accuracy |" in text and "in float16" in text
+    assert "| `blocks.1` | 3 | 3 | 2 |" in text and f"moe_mtl {moe_mtl.__version__}" in text
+    assert f"{(tmp_path / 'model.safetensors').stat().st_size:,} bytes" in text
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert names["alone"].tasks == TASKS[:1]
+
+
+def test_a_pipeline_is_named_where_one_fits(tmp_path):
+    hub.save(extract(model(), "depth"), tmp_path / "one")
+    assert "pipeline_tag: depth-estimation" in (tmp_path / "one" / "README.md").read_text()
+
+
+def test_a_card_of_the_users_stays_and_our_own_is_replaced(tmp_path):
+    card = tmp_path / "README.md"
+    hub.save(extract(model(), "depth"), tmp_path)
+    ours = card.read_text()
+    hub.save(model(), tmp_path)
+    assert card.read_text() != ours and "semseg" in card.read_text()
+    for kept in ("# mine\n", ours + "\nOne sentence more.\n", ours.replace("depth", "distance")):
+        card.write_text(kept)
+        hub.save(model(), tmp_path)
+        assert card.read_text() == kept

@@ -429,7 +429,7 @@ class TestBadInput:
             raise AssertionError
 
         with pytest.raises(ValueError, match="already registered"):
-            register_model(m3vit_micro)
+            register_model(modality="image")(m3vit_micro)
 
 
 def test_list_models_takes_a_pattern():

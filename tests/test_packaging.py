@@ -103,16 +103,17 @@ PRETRAINED = "shared_bottom_micro.for_this_test"
 
 def add_pretrained(weights: Path) -> set[str]:
     """A pretrained model with every file that one has; returns what a wheel shall hold of it."""
-    from moe_mtl import Task, create_model, hub
+    from moe_mtl import Task, create_model, save
+    from moe_mtl.pretrained import CHECKSUMS, WEIGHTS, sha256
 
     sizes = {"image_size": 16, "dim": 8, "depth": 1, "num_heads": 1, "head_width": 4}
-    folder = hub.save(create_model("shared_bottom_micro", tasks=[Task.depth()], **sizes), weights / PRETRAINED)
+    folder = save(create_model("shared_bottom_micro", tasks=[Task.depth()], **sizes), weights / PRETRAINED)
     for name in ("README.md", "run.json", "results.json"):
         (folder / name).write_text("{}")
-    with open(weights / hub.CHECKSUMS, "a") as sums:
-        sums.write(f"{hub.sha256(folder / hub.WEIGHTS)}  {PRETRAINED}/{hub.WEIGHTS}\n")
+    with open(weights / CHECKSUMS, "a") as sums:
+        sums.write(f"{sha256(folder / WEIGHTS)}  {PRETRAINED}/{WEIGHTS}\n")
     files = {f"moe_mtl/weights/{PRETRAINED}/{path.name}" for path in folder.iterdir()}
-    return {*files, f"moe_mtl/weights/{hub.CHECKSUMS}"}
+    return {*files, f"moe_mtl/weights/{CHECKSUMS}"}
 
 
 @checkout_only

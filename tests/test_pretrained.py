@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe_mtl import create_model, extract, hub, list_models, recipes
+from moe_mtl import create_model, extract, hub, list_models, pretrained, recipes
 from moe_mtl.card import card
 from moe_mtl.data import ProcRoom
+from moe_mtl.locate import find
 from moe_mtl.tasks import Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +63,7 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture
 def weights(bundle, monkeypatch):
-    monkeypatch.setattr(hub, "weights_root", lambda: bundle)
+    monkeypatch.setattr(pretrained, "weights_root", lambda: bundle)
     return bundle
 
 
@@ -151,7 +152,7 @@ def test_a_model_without_weights(weights, tmp_path, monkeypatch):
         create_model("m3vit_tiny", pretrained=True)
     with pytest.raises(ValueError, match=r"no pretrained weights '.*' \(folders are for moe_mtl\.load\)"):
         create_model(str(weights / "m3vit_micro.rooms"), pretrained=True)
-    monkeypatch.setattr(hub, "weights_root", lambda: tmp_path)
+    monkeypatch.setattr(pretrained, "weights_root", lambda: tmp_path)
     assert list_models(pretrained=True) == []
     with pytest.raises(ValueError, match="known: none"):
         create_model("m3vit_micro", pretrained=True)
@@ -159,15 +160,15 @@ def test_a_model_without_weights(weights, tmp_path, monkeypatch):
 
 def test_find_takes_folders_and_names(weights, tmp_path, monkeypatch):
     zebra = weights / "m3vit_micro.zebra"
-    assert hub.find(zebra) == zebra and hub.find(str(zebra)) == zebra
-    assert hub.find("m3vit_micro.zebra") == zebra and hub.find("m3vit_micro") == weights / "m3vit_micro.rooms"
+    assert find(zebra) == zebra and find(str(zebra)) == zebra
+    assert find("m3vit_micro.zebra") == zebra and find("m3vit_micro") == weights / "m3vit_micro.rooms"
     with pytest.raises(FileNotFoundError, match=r"zebar is not a folder; .*did you mean 'm3vit_micro\.zebra'"):
-        hub.find("m3vit_micro.zebar")
+        find("m3vit_micro.zebar")
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json and no model\.safetensors"):
-        hub.find(weights / "m3vit_micro.empty")
+        find(weights / "m3vit_micro.empty")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(zebra, "m3vit_micro.rooms")
-    assert hub.find("m3vit_micro.rooms") == Path("m3vit_micro.rooms")  # a folder of the user's wins
+    assert find("m3vit_micro.rooms") == Path("m3vit_micro.rooms")  # a folder of the user's wins
 
 
 # ---- checksums ------------------------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def copied(bundle, tmp_path, monkeypatch):
     """A weights folder to damage."""
     root = tmp_path / "weights"
     shutil.copytree(bundle, root)
-    monkeypatch.setattr(hub, "weights_root", lambda: root)
+    monkeypatch.setattr(pretrained, "weights_root", lambda: root)
     return root
 
 
@@ -191,7 +192,7 @@ def test_a_changed_file_is_refused_before_it_is_read(copied, damage, monkeypatch
         changed = bytearray(path.read_bytes())
         changed[-1] ^= 1
         path.write_bytes(changed)
-    monkeypatch.setattr(hub, "load", lambda folder: pytest.fail("it was read"))
+    monkeypatch.setattr(hub, "load_weights", lambda *files: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=r"is not the published file: its sha256 is [0-9a-f]{64}, SHA256SUMS says"):
         create_model("m3vit_micro.rooms", pretrained=True)
 
@@ -298,14 +299,14 @@ ANGLE = 0.011  # degrees: a bin of angle_median
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_a_bundled_folder_is_whole(name):
-    folder = hub.find(name)
+    folder = find(name)
     file = folder / "model.safetensors"
     assert f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {name}/{file.name}" in (
-        (hub.weights_root() / "SHA256SUMS").read_text().splitlines()
+        (pretrained.weights_root() / "SHA256SUMS").read_text().splitlines()
     )
     assert file.stat().st_size <= LARGEST
     results = json.loads((folder / "results.json").read_text())
-    assert results["label"] == name and results["weights"]["sha256"] == hub.sha256(file)
+    assert results["label"] == name and results["weights"]["sha256"] == pretrained.sha256(file)
     assert results["recipe"] == json.loads((folder / "run.json").read_text())
     assert (folder / "README.md").read_text(encoding="utf-8") == card(results)
     assert hub.read_config(folder)[0]["name"] == name.partition(".")[0]
@@ -325,14 +326,14 @@ print(*(f"{{name}}:{{bool(p.isfinite().all())}}" for name, p in predictions.item
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    tasks = [task["name"] for task in hub.read_config(hub.find(name))[0]["tasks"]]
+    tasks = [task["name"] for task in hub.read_config(find(name))[0]["tasks"]]
     assert done.stdout.split() == [f"{task}:True" for task in tasks]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUNDLED)
 def test_a_bundled_model_scores_what_its_card_says(name, tmp_path):
-    told = json.loads((hub.find(name) / "results.json").read_text())
+    told = json.loads((find(name) / "results.json").read_text())
     options = [f"--split={told['data']['split']}", f"--limit={told['data']['samples']}", "--rounds=1", "--dense=none"]
     found = load_script(ROOT / "eval.py").main([name, *options, f"--out={tmp_path / 'results.json'}"])
     assert found["data"] == told["data"]

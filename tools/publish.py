@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_mtl import hub
+from moe_mtl import hub, pretrained
 from moe_mtl.card import card
+from moe_mtl.pretrained import CHECKSUMS, WEIGHTS
 from moe_mtl.results import write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,12 +51,12 @@ def main(argv: Sequence[str]) -> Path:
         raise FileNotFoundError(f"run: {given.run} holds no run.json; expected a folder written by train.py")
     run = json.loads((given.run / "run.json").read_text())
 
-    root = hub.weights_root()
+    root = pretrained.weights_root()
     partial, final = root / f".unfinished_{given.name}", root / given.name
     shutil.rmtree(partial, ignore_errors=True)
     try:
         hub.save(model, partial, dtype=DTYPES[given.dtype])
-        size = (partial / hub.WEIGHTS).stat().st_size
+        size = (partial / WEIGHTS).stat().st_size
         if size > LARGEST:
             raise ValueError(f"run: its weights take {size:,} bytes in {given.dtype}, at most {LARGEST:,} are bundled")
         (partial / "run.json").write_text(json.dumps(neutral(run), indent=2) + "\n")
@@ -105,8 +106,8 @@ def replace_folder(new: Path, final: Path) -> None:
 
 def write_checksums(root: Path) -> None:
     """SHA256SUMS of all pretrained models: `sha256sum -c SHA256SUMS` in the folder checks them."""
-    lines = [f"{hub.sha256(root / name / hub.WEIGHTS)}  {name}/{hub.WEIGHTS}\n" for name in hub.list_pretrained()]
-    hub.replace_file(root / hub.CHECKSUMS, lambda path: path.write_text("".join(lines)))
+    lines = [f"{pretrained.sha256(root / name / WEIGHTS)}  {name}/{WEIGHTS}\n" for name in pretrained.list_pretrained()]
+    hub.replace_file(root / CHECKSUMS, lambda path: path.write_text("".join(lines)))
 
 
 def script(name: str) -> Any:

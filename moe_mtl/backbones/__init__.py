@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from moe_mtl.backbones._timm_config import describe_vit
 from moe_mtl.backbones._upcycle import ExpertMaker
 from moe_mtl.backbones.hf_encoder import TextModel, moefy_encoder
 from moe_mtl.backbones.timm_vit import moefy_vit, upcycle
@@ -57,7 +58,8 @@ def moefy(
         head_width: feature maps of the dense heads, which texts have none of.
 
     Returns:
-        The model. How many parameters the backbone had and has is printed to stderr.
+        The model. How many parameters the backbone had and has is printed to stderr. `moe_mtl.save` takes it; of a
+        timm model only if its architecture can be built again from the name timm gave it and options read off it.
 
     Raises:
         ValueError: a structure this adapter does not know, block numbers out of range, or "split" where it is inexact.
@@ -68,10 +70,25 @@ def moefy(
     if not of_transformers and hasattr(backbone, "reset_classifier"):
         backbone.reset_classifier(0)
     before = sum(p.numel() for p in backbone.parameters())
+    model: Any
     if of_transformers:
         model = moefy_encoder(backbone, tasks, make, every=every, blocks=blocks)
     else:
+        names = _describe(backbone)
         model = moefy_vit(backbone, tasks, make, every=every, blocks=blocks, head_width=head_width)
+        if isinstance(names, str):
+            model.unnamed = names
+        else:
+            how = {"every": every, "blocks": None if blocks is None else list(blocks), "head_width": head_width}
+            model.config = {"name": "timm_moe", "args": {**names, **make.options, **how}}
     after = sum(p.numel() for p in model.backbone.parameters())
     print(f"moefy: backbone parameters {before / 1e6:.3f} M -> {after / 1e6:.3f} M", file=sys.stderr)
     return model
+
+
+def _describe(backbone: Any) -> dict[str, Any] | str:
+    """How a timm backbone is built again, or why it cannot be."""
+    try:
+        return describe_vit(backbone)
+    except ValueError as error:
+        return str(error)
