@@ -13,6 +13,7 @@ if not (_here / "kernels").is_dir():
 
 # public name -> module that defines it; loaded on first use, so that `import moe_mtl` stays light
 _PUBLIC = {
+    "Predictor": "moe_mtl.predictor",
     "Routing": "moe_mtl.routing",
     "Task": "moe_mtl.tasks",
     "create_model": "moe_mtl.registry",
@@ -35,6 +36,7 @@ if _TYPE_CHECKING:
     from moe_mtl.hub import push as push
     from moe_mtl.hub import save as save
     from moe_mtl.new_task import add_task as add_task
+    from moe_mtl.predictor import Predictor as Predictor
     from moe_mtl.registry import create_model as create_model
     from moe_mtl.registry import list_models as list_models
     from moe_mtl.routing import Routing as Routing

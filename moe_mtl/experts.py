@@ -7,7 +7,9 @@ tasks that own neighbouring experts with local ids plus the first expert of the 
 import copy
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +22,17 @@ from moe_mtl.routing import Routing
 
 MODES = ("copy", "view", "table")
 WEIGHTS = ("w1", "b1", "w2", "b2")
+_shapes_only: ContextVar[bool] = ContextVar("shapes_only", default=False)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Banks made within it take no memory: they have the shapes of their weights alone, on torch's meta device."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
 
 
 class ExpertBank(nn.Module):
@@ -66,11 +79,11 @@ class ExpertBank(nn.Module):
         ops.check_activation(activation)
         self.num_experts, self.dim, self.hidden, self.out_dim = num_experts, dim, hidden, out_dim
         self.activation, self.glu = activation, glu
-        wide = hidden * (1 + glu)
-        self.w1 = nn.Parameter(torch.empty(num_experts, wide, dim))
-        self.b1 = nn.Parameter(torch.empty(num_experts, wide)) if bias else None
-        self.w2 = nn.Parameter(torch.empty(num_experts, out_dim, hidden))
-        self.b2 = nn.Parameter(torch.empty(num_experts, out_dim)) if bias else None
+        wide, device = hidden * (1 + glu), "meta" if _shapes_only.get() else None
+        self.w1 = nn.Parameter(torch.empty(num_experts, wide, dim, device=device))
+        self.b1 = nn.Parameter(torch.empty(num_experts, wide, device=device)) if bias else None
+        self.w2 = nn.Parameter(torch.empty(num_experts, out_dim, hidden, device=device))
+        self.b2 = nn.Parameter(torch.empty(num_experts, out_dim, device=device)) if bias else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -268,6 +281,14 @@ class BorrowedBank(ExpertBank):
 
     def reset_parameters(self) -> None:
         """Does nothing: weights are drawn by the bank that holds them."""
+
+    def copy_experts(self, ids: Sequence[int]) -> None:
+        """Refuses: these are experts of another bank.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("ids: a view or table of a bank has no room for more experts; copy them in the bank itself")
 
     def _own(self, t: Tensor) -> Tensor:
         """What a parameter of the bank holds for these experts."""

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +29,12 @@ from moe_mtl.tasks import Task, check_tasks, nearest
 HALF = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Path:
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    tokenizer: Any = None,
+) -> Path:
     """Writes a model made by `create_model` or `moefy` (or extracted from one) so that `load` builds it again.
 
     The weights file carries the configuration too, and `load` goes by that: config.json is the copy for people. So one
@@ -41,14 +46,21 @@ def save(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dtype | 
         folder: made when missing.
         dtype: float16 or bfloat16 to store floating point tensors in, at half the size; the model's own when None.
             `load` gives float32 either way.
+        tokenizer: of transformers, of a model of texts; written beside it, where `moe_mtl.Predictor` finds it.
 
     Raises:
-        ValueError: the model was not made by `create_model`, so its architecture cannot be named; or a weight is too
-            large for the dtype.
+        ValueError: the model was not made by `create_model`, so its architecture cannot be named; a weight is too large
+            for the dtype; or a tokenizer that is none, or of a model that reads no texts.
         OSError: the folder cannot be written to, or the disk is full; what it held is unchanged.
     """
     if dtype is not None and dtype not in HALF:
         raise ValueError(f"dtype: got {dtype}, expected {' or '.join(map(str, HALF))}, or None for the model's own")
+    reads = getattr(model, "input", None)
+    if tokenizer is not None and not (hasattr(tokenizer, "save_pretrained") and reads == "text"):
+        raise ValueError(
+            f"tokenizer: got {type(tokenizer).__name__} for a model whose input is {reads!r}; expected a tokenizer of "
+            "transformers, and that only for a model of texts"
+        )
     model = getattr(model, "_orig_mod", model)  # a compiled model wraps the one that has a name
     named: Any = model
     if not isinstance(getattr(model, "config", None), dict):
@@ -67,6 +79,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], dtype: torch.dtype | 
     with replacing(folder) as new:
         save_file(weights, new / WEIGHTS, metadata={"format": "pt", CONFIG: text})
         (new / CONFIG).write_text(text + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
         card = folder / CARD
         if not card.exists() or is_own(card.read_text(encoding="utf-8", errors="replace")):
             (new / CARD).write_text(folder_card(model, config, new / WEIGHTS), encoding="utf-8")
@@ -98,6 +112,7 @@ def push(
     revision: str | None = None,
     commit_message: str | None = None,
     token: str | bool | None = None,
+    tokenizer: Any = None,
     **upload: Any,
 ) -> str:
     """Sends a model to the Hugging Face hub, in one commit; `load(repo_id)` gives it back.
@@ -111,6 +126,7 @@ def push(
         revision: branch to commit to, made when missing; None for the main branch.
         commit_message: None for the default of the hub's client.
         token: of the hub; None for the one its client has stored.
+        tokenizer: as in `save`.
         **upload: further options of `huggingface_hub.HfApi.upload_folder`.
 
     Returns:
@@ -124,7 +140,7 @@ def push(
     from huggingface_hub import HfApi
 
     with tempfile.TemporaryDirectory() as temporary:
-        folder = save(model, Path(temporary) / "model")
+        folder = save(model, Path(temporary) / "model", tokenizer=tokenizer)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
@@ -177,10 +193,24 @@ def load_pretrained(name: str, tasks: Sequence[Task | str] | str | None = None) 
 
 def _read(folder: Path) -> nn.Module:
     """The model of a folder, see `load`."""
-    config, where = read_config(folder)
+    model = build(*read_config(folder))
+    load_weights(model, folder / WEIGHTS)
+    return model.eval()
+
+
+def build(config: Mapping[str, Any], where: Path) -> nn.Module:
+    """The model of a configuration, with fresh weights and the experts that are left of it.
+
+    Args:
+        config: what `read_config` found.
+        where: the file that says it, for messages.
+
+    Raises:
+        ValueError: it is not what `save` writes.
+    """
     if "model_type" in config:
         raise ValueError(
-            f"folder: {folder} holds a {config['model_type']!r} model of transformers; use its "
+            f"folder: {where.parent} holds a {config['model_type']!r} model of transformers; use its "
             "AutoModel.from_pretrained (for 'moe_mtl' after `import moe_mtl.backbones.hf_model`)"
         )
     try:
@@ -194,8 +224,7 @@ def _read(folder: Path) -> nn.Module:
         written = config.get("moe_mtl", "another version")
         by = "" if written == __version__ else f"; it was written by moe_mtl {written}, this is {__version__}"
         raise ValueError(f"folder: {where} holds no model configuration ({error!r}){by}") from error
-    load_weights(model, folder / WEIGHTS)
-    return model.eval()
+    return model
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], Path]:
@@ -235,17 +264,28 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             found: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
-    problems = [f"missing {name}" for name in state.keys() - found.keys()]
-    problems += [f"unexpected {name}" for name in found.keys() - state.keys()]
+    check_shapes({name: t.shape for name, t in found.items()}, {name: t.shape for name, t in state.items()}, path)
+    model.load_state_dict(found)
+
+
+def check_shapes(
+    found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], path: str | os.PathLike[str]
+) -> None:
+    """Compares the shapes of a file's tensors, by name, with a model's.
+
+    Raises:
+        ValueError: names or shapes differ; the differences are listed.
+    """
+    problems = [f"missing {name}" for name in expected.keys() - found.keys()]
+    problems += [f"unexpected {name}" for name in found.keys() - expected.keys()]
     problems += [
-        f"{name} is {list(found[name].shape)}, expected {list(state[name].shape)}"
-        for name in state.keys() & found.keys()
-        if found[name].shape != state[name].shape
+        f"{name} is {list(found[name])}, expected {list(expected[name])}"
+        for name in expected.keys() & found.keys()
+        if list(found[name]) != list(expected[name])
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(f"{path} holds the weights of another architecture: {shown}")
-    model.load_state_dict(found)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The MoE layer: gate -> dispatch -> experts -> combine; and the same layer inside a block that knows no tasks."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -107,7 +108,8 @@ class MoE(nn.Module):
         if not ids or len(set(ids)) < len(ids) or not set(ids) <= set(held):
             raise ValueError(f"ids: got {ids}, expected different experts of {held}, at least one")
         self.experts.keep_experts([held.index(e) for e in ids])
-        self.gate.keep_experts(torch.tensor(ids, device=self.experts.w1.device))
+        held_by_gate = itertools.chain(self.gate.parameters(), self.gate.buffers())  # the bank may lie elsewhere
+        self.gate.keep_experts(torch.tensor(ids, device=next(held_by_gate).device))
 
 
 class TaskContext:

@@ -10,7 +10,9 @@ from moe_mtl.pretrained import CONFIG, WEIGHTS, check_sha256, find_pretrained, l
 from moe_mtl.tasks import nearest
 
 CARD = "README.md"
-FILES = (CONFIG, WEIGHTS, CARD)  # what a model folder may hold; nothing else is downloaded
+TOKENIZER = "tokenizer.json"
+# what a model folder may hold; nothing else is downloaded
+FILES = (CONFIG, WEIGHTS, CARD, TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

@@ -83,7 +83,8 @@ class ExpertMaker:
             weights = {name: w if w is None else w.expand(experts, *w.shape) for name, w in weights.items()}
         w1 = weights["w1"]
         assert w1 is not None
-        bank = ExpertBank(experts, **options).to(w1)
+        with w1.device:  # unless the bank is to have shapes alone
+            bank = ExpertBank(experts, **options).to(w1.dtype)
         with torch.no_grad():
             for name, w in weights.items():
                 if w is not None:

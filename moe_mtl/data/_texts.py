@@ -238,34 +238,81 @@ def _encode(
     truncate: bool,
 ) -> Iterator[dict[str, Any]]:
     wheres = [str(sample.get("where", f"{source}[{i}]")) for i, sample in enumerate(samples)]
-    texts = [_text(sample.get("text"), where) for sample, where in zip(samples, wheres, strict=True)]
+    texts = [sample.get("text") for sample in samples]
+    encoded = encode_texts(texts, tokenizer, max_length=max_length, truncate=truncate, wheres=wheres)
+    for sample, found, where in zip(samples, encoded, wheres, strict=True):
+        row: dict[str, Any] = {"text": found.ids}
+        for task in tasks:
+            if sample.get(task.name) is not None:
+                row[task.name] = _label(sample[task.name], task, found.text, found.word_ids, where)
+        yield row
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """The tokens of a text, n of them.
+
+    Attributes:
+        text: as it came: a string, a pair, or a list of words.
+        ids: what the tokenizer gives for it, int64 [n] each.
+        word_ids: the number of each token's word; None for marks such as the end.
+        parts: which part of a pair each token is of, 0 elsewhere; None for marks.
+        offsets: where each token starts and ends, in characters of its part, or of its word in a list of words.
+    """
+
+    text: Any
+    ids: dict[str, Tensor]
+    word_ids: list[int | None]
+    parts: list[int | None]
+    offsets: list[tuple[int, int]]
+
+
+def encode_texts(
+    texts: Sequence[Any], tokenizer: Tokenizer, *, max_length: int, truncate: bool, wheres: Sequence[str]
+) -> list[EncodedText]:
+    """Texts as tokens.
+
+    Args:
+        texts: strings, pairs of strings as tuples, lists of words; of any forms side by side.
+        tokenizer: of transformers, a fast one.
+        max_length: tokens per text at most.
+        truncate: cut longer texts rather than refuse them; the end mark stays.
+        wheres: what each text is called in messages.
+
+    Raises:
+        ValueError: an empty or too long text, or something else.
+    """
+    texts = [_text(text, where) for text, where in zip(texts, wheres, strict=True)]
     forms: dict[type, list[int]] = {str: [], tuple: [], list: []}  # tokenizers take batches of one form
     for i, text in enumerate(texts):
         forms[type(text)].append(i)
-    encoded: dict[int, tuple[dict[str, Tensor], list[int | None]]] = {}
+    encoded: dict[int, EncodedText] = {}
     for form, rows in forms.items():
         for start in range(0, len(rows), 1024):
             part = rows[start : start + 1024]
             out = tokenizer([texts[i] for i in part], is_split_into_words=form is list, return_attention_mask=True)
             for at, i in enumerate(part):
-                own = {key: torch.tensor(values[at]) for key, values in out.items()}
-                encoded[i] = own, out.word_ids(at)
-    for i, (sample, where) in enumerate(zip(samples, wheres, strict=True)):
-        ids, word_ids = encoded[i]
-        count = len(ids["input_ids"])
-        if count > max_length:
-            if not truncate:
-                raise TextError(
-                    f"{where}: the text has {count} tokens, max_length is {max_length}; raise max_length (up to the "
-                    "encoder's positions) or pass truncate=true"
-                )
-            ids = {key: torch.cat([v[: max_length - 1], v[-1:]]) for key, v in ids.items()}  # keeps the end mark
-            word_ids = [*word_ids[: max_length - 1], None]
-        row: dict[str, Any] = {"text": ids}
-        for task in tasks:
-            if sample.get(task.name) is not None:
-                row[task.name] = _label(sample[task.name], task, texts[i], word_ids, where)
-        yield row
+                values = {key: torch.tensor(value[at]) for key, value in out.items()}
+                found = EncodedText(texts[i], values, out.word_ids(at), out.sequence_ids(at), out.encodings[at].offsets)
+                count = len(found.word_ids)
+                if count > max_length and not truncate:
+                    raise TextError(
+                        f"{wheres[i]}: the text has {count} tokens, max_length is {max_length}; raise max_length (up "
+                        "to the encoder's positions) or pass truncate=true"
+                    )
+                encoded[i] = _cut(found, max_length) if count > max_length else found
+    return [encoded[i] for i in range(len(texts))]
+
+
+def _cut(found: EncodedText, length: int) -> EncodedText:
+    """The first tokens of a text and its last, the end mark."""
+    kept = [*range(length - 1), -1]
+
+    def cut(values: list[Any]) -> list[Any]:
+        return [values[i] for i in kept]
+
+    ids = {key: value[kept] for key, value in found.ids.items()}
+    return EncodedText(found.text, ids, cut(found.word_ids), cut(found.parts), cut(found.offsets))
 
 
 def _text(text: Any, where: str) -> Any:

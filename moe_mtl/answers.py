@@ -1,0 +1,155 @@
+"""A model's predictions for one sample in words: classes by name, probabilities, values in their unit, maps, spans.
+
+    kind              answer
+    classification    {"label": name, or id where classes have no names, "probability": its own}
+    binary            {"label": True or False, "probability": of True}
+    multilabel        {name or id: probability} of the labels at or above the threshold, the likeliest first
+    regression        float; a list of them for several values; in the unit of the labels
+    tagging           {"words": [n], "tags": [n], "probabilities": [n]}, and where tags are BIO "spans":
+                      [{"label", "text", "start", "stop"}], numbers of words, `stop` excluded
+    segmentation      {"map": int64 [h, w] of class ids, "shares": {name or id: share of the pixels}, largest first}
+    depth             float32 [h, w], metres
+    normals           float32 [h, w, 3], of length 1
+    binary_map        float32 [h, w], probabilities
+
+Maps are NumPy arrays of the size of the picture that came.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_mtl.data._texts import EncodedText
+from moe_mtl.heads import unit
+from moe_mtl.tasks import Task
+
+
+def answer(task: Task, y: Tensor, note: Any = None, threshold: float = 0.5) -> Any:
+    """The answer to one task about one sample.
+
+    Args:
+        task: whose prediction it is.
+        y: the model's prediction for the sample, shapes in `moe_mtl.tasks` without b.
+        note: the picture's height and width for tasks per pixel, the `EncodedText` for tagging.
+        threshold: probability from which a label of a binary or multilabel task holds.
+    """
+    return _ANSWERS[task.kind](task, y.float().cpu(), note, threshold)
+
+
+def name_of(task: Task, i: int) -> str | int:
+    """The name of a class, or its id where classes have none."""
+    return task.classes[i] if task.classes else i
+
+
+def _classification(task: Task, y: Tensor, note: Any, threshold: float) -> dict[str, Any]:
+    probability, i = y.softmax(dim=0).max(dim=0)
+    return {"label": name_of(task, int(i)), "probability": float(probability)}
+
+
+def _binary(task: Task, y: Tensor, note: Any, threshold: float) -> dict[str, Any]:
+    probability = float(y.sigmoid())
+    return {"label": probability >= threshold, "probability": probability}
+
+
+def _multilabel(task: Task, y: Tensor, note: Any, threshold: float) -> dict[str | int, float]:
+    probabilities = y.sigmoid().tolist()
+    order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])
+    return {name_of(task, i): probabilities[i] for i in order if probabilities[i] >= threshold}
+
+
+def _regression(task: Task, y: Tensor, note: Any, threshold: float) -> float | list[float]:
+    return y.tolist()
+
+
+def _tagging(task: Task, y: Tensor, note: EncodedText, threshold: float) -> dict[str, Any]:
+    words = _words(note)
+    probabilities, ids = y[:, [word["token"] for word in words]].softmax(dim=0).max(dim=0)
+    tags = [name_of(task, i) for i in ids.tolist()]
+    found = {"words": [word["text"] for word in words], "tags": tags, "probabilities": probabilities.tolist()}
+    if task.classes and all(name == "O" or name[:2] in ("B-", "I-") for name in task.classes):
+        found["spans"] = [_span(note, words, *ends) for ends in _ends(words, tags)]
+    return found
+
+
+def _words(note: EncodedText) -> list[dict[str, Any]]:
+    """Every word that has tokens: its first token, its text, the part of a pair it is of, where it starts and ends."""
+    words: dict[tuple[Any, Any], dict[str, Any]] = {}
+    for token, key in enumerate(zip(note.parts, note.word_ids, strict=True)):
+        part, number = key
+        if part is None or number is None:
+            continue
+        start, stop = note.offsets[token]
+        word = words.setdefault(key, {"token": token, "part": part, "start": start})
+        word["stop"] = stop
+        word["text"] = note.text[number] if isinstance(note.text, list) else _part(note, part)[word["start"] : stop]
+    return list(words.values())
+
+
+def _part(note: EncodedText, part: int) -> str:
+    return note.text if isinstance(note.text, str) else note.text[part]
+
+
+def _ends(words: Sequence[dict[str, Any]], tags: Sequence[Any]) -> list[tuple[str, int, int]]:
+    """Spans of BIO tags as (label, first word, word after the last); an I- that continues nothing starts one, too."""
+    spans: list[tuple[str, int, int]] = []
+    for i, tag in enumerate(tags):
+        mark, _, label = tag.partition("-")
+        if mark == "O":
+            continue
+        before, start, stop = spans[-1] if spans else ("", 0, 0)
+        if mark == "I" and (before, stop) == (label, i) and words[i]["part"] == words[start]["part"]:
+            spans[-1] = (label, start, i + 1)
+        else:
+            spans.append((label, i, i + 1))
+    return spans
+
+
+def _span(note: EncodedText, words: Sequence[dict[str, Any]], label: str, start: int, stop: int) -> dict[str, Any]:
+    first, last = words[start], words[stop - 1]
+    if isinstance(note.text, list):
+        text = " ".join(word["text"] for word in words[start:stop])
+    else:
+        text = _part(note, first["part"])[first["start"] : last["stop"]]
+    return {"label": label, "text": text, "start": start, "stop": stop}
+
+
+def _segmentation(task: Task, y: Tensor, note: tuple[int, int], threshold: float) -> dict[str, Any]:
+    ids = _resized(y, note).argmax(dim=0)
+    shares = (torch.bincount(ids.flatten(), minlength=task.channels) / ids.numel()).tolist()
+    order = sorted(range(len(shares)), key=lambda i: -shares[i])
+    return {"map": ids.numpy(), "shares": {name_of(task, i): shares[i] for i in order if shares[i]}}
+
+
+def _depth(task: Task, y: Tensor, note: tuple[int, int], threshold: float) -> Any:
+    return _resized(y[None], note)[0].numpy()
+
+
+def _normals(task: Task, y: Tensor, note: tuple[int, int], threshold: float) -> Any:
+    return unit(_resized(y, note)[None])[0].movedim(0, 2).contiguous().numpy()
+
+
+def _binary_map(task: Task, y: Tensor, note: tuple[int, int], threshold: float) -> Any:
+    return _resized(y[None], note)[0].sigmoid().numpy()
+
+
+def _resized(y: Tensor, size: tuple[int, int]) -> Tensor:
+    """A prediction [c, h, w] at the size of the picture, bilinear."""
+    if tuple(y.shape[-2:]) == tuple(size):
+        return y
+    return F.interpolate(y[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+_ANSWERS: dict[str, Callable[[Task, Tensor, Any, float], Any]] = {
+    "classification": _classification,
+    "binary": _binary,
+    "multilabel": _multilabel,
+    "regression": _regression,
+    "tagging": _tagging,
+    "segmentation": _segmentation,
+    "depth": _depth,
+    "normals": _normals,
+    "binary_map": _binary_map,
+}
