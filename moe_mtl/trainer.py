@@ -36,7 +36,7 @@ from moe_mtl import checkpoint as checkpoints
 from moe_mtl import hub, regularizers
 from moe_mtl.balancing import create_balancer
 from moe_mtl.batches import ShuffledBatches, SourceBatches, in_order, one_task_each
-from moe_mtl.data import collate
+from moe_mtl.data import collate, load_tokenizer
 from moe_mtl.diagnostics import BRIEF, ExpertUsage, diagnose
 from moe_mtl.early_stopping import EarlyStopping
 from moe_mtl.gates import Gate
@@ -136,7 +136,7 @@ class Trainer:
     def fit(self, on_step: Callable[[int, Scalars], None] | None = None) -> nn.Module:
         """Trains to the end, or as long as patience lasts, from the last checkpoint if there is one.
 
-        The model, if it is one of `create_model`, is saved in `out`.
+        The model, if it is one of `create_model`, is saved in `out`, with the tokenizer where the data set names one.
 
         Args:
             on_step: called after each update and its checkpoint with the number of updates done and the losses.
@@ -188,8 +188,9 @@ class Trainer:
         if not hasattr(self.model, "config"):
             print(f"{out} gets no model folder: only models of create_model can be saved by name")
             return
+        named = getattr(self.data, "tokenizer", None) if self.input == "text" else None
         with nullcontext() if self.early is None else self.early.restored():
-            hub.save(self.model, out)
+            hub.save(self.model, out, tokenizer=None if named is None else load_tokenizer(named))
 
     def _update(self, batch: Batch) -> Scalars:
         """One optimizer update. Returns the loss of each task that had a label."""

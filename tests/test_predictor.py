@@ -10,8 +10,9 @@ from PIL import Image
 
 import moe_mtl
 from moe_mtl import Predictor, Task, create_model, moefy
-from moe_mtl.data import ProcRoom, Table, encode_rows
-from tests.text_cases import save_encoder
+from moe_mtl.data import Banking77, ProcRoom, Table, encode_rows
+from moe_mtl.trainer import Trainer, TrainerConfig
+from tests.text_cases import save_encoder, write_banking77
 
 PRETRAINED = "m3vit_micro.procroom"
 
@@ -343,3 +344,12 @@ def test_bad_texts_and_tokenizers(texts, tmp_path):
     other.add_tokens([f"more{i}" for i in range(100)])
     with pytest.raises(ValueError, match=r"tokenizer: it has \d+ words, the model's encoder \d+"):
         Predictor(model, tokenizer=other)
+
+
+def test_a_folder_that_training_wrote_has_its_tokenizer(tmp_path):
+    encoder = str(save_encoder(tmp_path / "encoder"))
+    data = Banking77(root=str(write_banking77(tmp_path / "banking77")), tokenizer=encoder)
+    model = create_model("text_shared_bottom", tasks=data.task_list(), **data.model_args())
+    Trainer(model, data, TrainerConfig(out=str(tmp_path / "run"), steps=1, eval_every=0, progress=False)).fit()
+    answer = Predictor(tmp_path / "run")("my card is lost")
+    assert answer["banking77"]["label"] in data.task_list()[0].classes
