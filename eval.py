@@ -23,6 +23,9 @@ The JSON (--out, by default results.json in the model folder; results/NAME.json 
     agreement      {task: {alone, extracted}}: largest difference from the full pass over the largest value predicted
     usage          {layer: {tasks, slots, mass, entropy, weight, spread}}, see `moe_mtl.diagnostics.LayerUsage`
     routing        {layer: what `moe_mtl.diagnostics.diagnose` returns}
+    pruned         {task: {mass, parameters, share, layers}}: the task extracted without experts that have up to `mass`
+                   of its gate weight on the first batch; `share` of the exactly extracted model's parameters is left;
+                   layers as in `moe_mtl.sparse.LayerExtraction`
     activity       {stack of experts: what `moe_mtl.activity.Activity.to_dict` tells}; of models on tables
     recipe, seed, training, versions, date
 """
@@ -66,7 +69,17 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     from moe_mtl.cost import agreement, cost_table, count_parameters, dense_of_equal_size
     from moe_mtl.hub import load
     from moe_mtl.multitask import count_rows, select_rows, task_ids
-    from moe_mtl.results import compare, describe_routing, describe_weights, finite, read_baseline, show, write
+    from moe_mtl.results import (
+        compare,
+        describe_pruned,
+        describe_routing,
+        describe_weights,
+        finite,
+        prune_each,
+        read_baseline,
+        show,
+        write,
+    )
     from moe_mtl.sparse import extract
 
     device = torch.device("cuda" if torch.cuda.is_available() and given.device == "auto" else "cpu")
@@ -82,6 +95,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     extracted, dense_extracted = (
         {name: extract(whole, [name]) for name in names} if whole is not None else {} for whole in (model, dense)
     )
+    pruned = prune_each(model, names, inputs)
     cost = {}  # the other tasks are part of "all tasks" whatever --tasks says
     for batch in COST_BATCHES:
         x = select_rows(inputs, torch.arange(batch) % count_rows(inputs))
@@ -105,6 +119,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "dense": None if dense is None else {**dense.config, "parameters": count_parameters(dense)},
         "agreement": agreement(model, extracted, select_rows(inputs, torch.arange(count_rows(inputs))[:MOST])),
         **describe_routing(usage, names),
+        "pruned": describe_pruned(pruned, extracted),
         "activity": {name: one.to_dict() for name, one in activity.items()},
         "recipe": run or None,
         "seed": run.get("trainer", {}).get("seed"),
@@ -124,7 +139,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         from moe_mtl.pictures import draw
         from moe_mtl.report import write_report
 
-        pictures = draw(model, tasks, shown, usage, activity, read_log(folder))
+        reports = {name: one.extraction for name, one in pruned.items()}
+        pictures = draw(model, tasks, shown, usage, activity, read_log(folder), reports)
         print(f"report: {write_report(given.report, results, pictures)}")
     return results
 

@@ -154,7 +154,9 @@ class TextPromptModel(TextModel):
         inputs = {"inputs_embeds": torch.cat([prompts.to(words.dtype), words], dim=1)}
         for name in x.keys() - {TOKENS}:
             values = x[name].repeat(count, 1)
-            inputs[name] = torch.cat([values.new_full((len(values), self.prompts.tokens), FILL[name]), values], dim=1)
+            inputs[name] = torch.cat(
+                [values.new_full((values.shape[0], self.prompts.tokens), FILL[name]), values], dim=1
+            )
         tokens = encoder(**inputs).last_hidden_state[:, self.prompts.tokens :]
         return token_features(tokens, x.get("attention_mask")), {}
 

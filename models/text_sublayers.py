@@ -17,6 +17,7 @@ from torch import nn
 
 from moe_mtl.backbones.hf_attention import TaskAttention, attention_per_task
 from moe_mtl.backbones.hf_encoder import TextModel, describe_encoder, text_features
+from moe_mtl.folded import FoldedMoE
 from moe_mtl.gates import create_gate
 from moe_mtl.layers import ContextMoE, MoE
 from moe_mtl.models.text_moe import TextConfig, TextMoEConfig, build
@@ -69,7 +70,7 @@ class TaskSublayersModel(TextModel):
         for module in self.modules():
             if isinstance(module, TaskAttention):
                 module.keep_tasks(ids)
-            elif isinstance(module, ContextMoE):
+            elif isinstance(module, ContextMoE) and not isinstance(module.moe, FoldedMoE):
                 bank = module.moe.experts
                 bank.keep_experts(ids)
                 module.moe = MoE(own_experts(bank.dim, len(ids)).to(bank.w1.device), bank).train(module.moe.training)

@@ -20,6 +20,7 @@ _PUBLIC = {
     "list_models": "moe_mtl.registry",
     "moefy": "moe_mtl.backbones",
     "extract": "moe_mtl.sparse",
+    "prune": "moe_mtl.pruning",
     "add_task": "moe_mtl.new_task",
     "finetune": "moe_mtl.fine_tuning",
     "task_similarity": "moe_mtl.similarity",
@@ -37,6 +38,7 @@ if _TYPE_CHECKING:
     from moe_mtl.hub import save as save
     from moe_mtl.new_task import add_task as add_task
     from moe_mtl.predictor import Predictor as Predictor
+    from moe_mtl.pruning import prune as prune
     from moe_mtl.registry import create_model as create_model
     from moe_mtl.registry import list_models as list_models
     from moe_mtl.routing import Routing as Routing

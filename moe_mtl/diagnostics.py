@@ -184,6 +184,19 @@ def task_cosine(shares: Tensor) -> Tensor:
     return unit @ unit.mT
 
 
+def task_divergence(shares: Tensor) -> Tensor:
+    """Jensen-Shannon divergence between the usage of every two tasks, nats, [t, t]: 0 for the same, ln 2 for disjoint.
+
+    H((p + q) / 2) - (H(p) + H(q)) / 2 with entropies H.
+
+    Args:
+        shares: `slots` or `mass` of a `LayerUsage`, [t, e]; a row of NaN gives a row and a column of NaN.
+    """
+    alone = _entropy(shares)
+    together = _entropy((shares.unsqueeze(0) + shares.unsqueeze(1)) / 2)
+    return (together - (alone.unsqueeze(0) + alone.unsqueeze(1)) / 2).clamp(min=0)
+
+
 def diagnose(usage: LayerUsage) -> dict[str, Any]:
     """The diagnostics of one layer as plain numbers and lists; a task that never passed is left out of every mean.
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_mtl import __version__, sparse
+from moe_mtl.folded import fold_layers
 from moe_mtl.folder_card import folder_card, is_own
 from moe_mtl.locate import CARD, HUB_ID, find
 from moe_mtl.pretrained import CONFIG, WEIGHTS, check_sha256, missing_files, pretrained_folder
@@ -220,6 +221,8 @@ def build(config: Mapping[str, Any], where: Path) -> nn.Module:
             sparse.keep_experts(model, config["kept_experts"])
         if "extraction" in config:
             model.extraction = sparse.Extraction.from_dict(config["extraction"])
+        if "folded" in config:  # a task's own: gates that decided nothing are part of the weights
+            fold_layers(model, config["folded"])
     except (KeyError, TypeError, ValueError) as error:
         written = config.get("moe_mtl", "another version")
         by = "" if written == __version__ else f"; it was written by moe_mtl {written}, this is {__version__}"

@@ -76,16 +76,17 @@ class MoE(nn.Module):
         y = torch.bmm(combine.to(read.dtype), read.unflatten(0, slots.shape[:2]))
         return y.flatten(0, 1), routing
 
-    def needed(self) -> list[int]:
-        """Ids, ascending, of the held experts that some task can ever use."""
-        held, reached = self.kept_experts, [self.gate.reachable(task) for task in range(self.gate.num_tasks)]
+    def needed(self, tasks: Sequence[int] | None = None) -> list[int]:
+        """Ids, ascending, of the held experts that some of these tasks, or of all, can ever use."""
+        held = self.kept_experts
+        reached = [self.gate.reachable(task) for task in (range(self.gate.num_tasks) if tasks is None else tasks)]
         every = {e for ids in reached for e in (held if ids is None else ids)}
         return [e for e in held if e in every]
 
     @property
     def kept_experts(self) -> list[int]:
         """Ids of the experts the layer holds, ascending: all of 0..e-1, unless some were dropped."""
-        return list(range(self.gate.num_experts)) if self.gate.kept is None else self.gate.kept.tolist()
+        return list(range(self.gate.num_experts) if self.gate.kept_ids is None else self.gate.kept_ids)
 
     def give_experts(self, task: int, ids: Sequence[int]) -> None:
         """Gives a task, in place, copies of some experts, which stand in for them; as `Gate.give_experts`."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moe_mtl.expert_stack import ExpertStack
 from moe_mtl.gates import Gate, create_gate, resolve_k
+from moe_mtl.gates.sigmoid import SigmoidGate
 from moe_mtl.routing import Routing
 
 
@@ -160,7 +161,7 @@ class Level(nn.Module):
     @property
     def kept_experts(self) -> list[int]:
         """Ids of the experts the level holds, ascending: all of 0..e-1, unless some were dropped."""
-        return list(range(self.gate.num_experts)) if self.gate.kept is None else self.gate.kept.tolist()
+        return list(range(self.gate.num_experts) if self.gate.kept_ids is None else self.gate.kept_ids)
 
     def give_experts(self, place: int, ids: Sequence[int]) -> None:
         """Gives the output stream at a place, in place, copies of some experts; as `Gate.give_experts`."""
@@ -191,8 +192,11 @@ class Level(nn.Module):
             "streams": list(self.streams),
             "sources": None if self.sources is None else list(self.sources),
             "gate": self.gate.task_options(),
-            "own": None if self.own is None else self.own.task_options(),
+            "own": None if self.own is None else {"kind": self._own_kind(), **self.own.task_options()},
         }
+
+    def _own_kind(self) -> str:
+        return "sigmoid" if isinstance(self.own, SigmoidGate) else "softmax"
 
 
 class Trunk(nn.Module):
@@ -298,8 +302,8 @@ def build_trunk(
     Args:
         layout: "outputs", the stream each task reads, and "levels", a list of dicts: "experts", how many; "streams",
             ids of the output streams; and, where they are not None or missing, "sources", the input stream of each
-            expert; "gate", further options of the gate such as `visible`; "own", options of a softmax gate whose
-            weights are added.
+            expert; "gate", further options of the gate such as `visible`; "own", options of a gate whose weights
+            are added, see `self_gate`.
         dim: width of the input.
         widths: of the experts' layers.
         gate: a name in `moe_mtl.gates.GATES`.
@@ -327,9 +331,11 @@ def build_trunk(
 def self_gate(dim: int, experts: int, options: Mapping[str, Any] | None) -> Gate | None:
     """The gate of the path that adds a stream's own experts, which `options["visible"]` names; None without options.
 
-    A softmax over them, or a sigmoid of each where a stream has a single one, whose softmax would be the constant 1.
+    A softmax over them, or a sigmoid of each where a stream has a single one, whose softmax would be the constant 1;
+    `options["kind"]` says which where streams that decided it may be gone.
     """
     if options is None:
         return None
     single = any(len(row) == 1 for row in options["visible"])
-    return create_gate("sigmoid" if single else "softmax", dim, experts, len(options["visible"]), **options)
+    kind = options.get("kind", "sigmoid" if single else "softmax")
+    return create_gate(kind, dim, experts, len(options["visible"]), visible=options["visible"])

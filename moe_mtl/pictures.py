@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 from moe_mtl.activity import Activity
 from moe_mtl.charts import activity_figures, gate_figures, routing_curves, score_chart
 from moe_mtl.diagnostics import LayerUsage
+from moe_mtl.sparse import Extraction
 from moe_mtl.tasks import Task
 from moe_mtl.viz import expert_map, prediction_grid, top_expert, usage_figures
+from moe_mtl.viz_tasks import kept_figures, similarity_figures
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Pictures:
         gates: layer name to the weights its gates give.
         activity: name of a stack of experts to what its units do.
         curves: caption to a chart of the training.
+        similarity: layer name, or "all layers", to how alike the routing of tasks is.
+        kept: layer name to the experts that are left of each task when it is pruned.
     """
 
     predictions: Mapping[str, Figure] = field(default_factory=dict)
@@ -33,6 +37,8 @@ class Pictures:
     gates: Mapping[str, Figure] = field(default_factory=dict)
     activity: Mapping[str, Figure] = field(default_factory=dict)
     curves: Mapping[str, Figure] = field(default_factory=dict)
+    similarity: Mapping[str, Figure] = field(default_factory=dict)
+    kept: Mapping[str, Figure] = field(default_factory=dict)
 
 
 def draw(
@@ -42,6 +48,7 @@ def draw(
     usage: Mapping[str, LayerUsage],
     activity: Mapping[str, Activity] | None = None,
     records: Sequence[Mapping[str, Any]] = (),
+    pruned: Mapping[str, Extraction] | None = None,
 ) -> Pictures:
     """The pictures of a model: predictions, expert usage, and the first expert of every patch in the last layer.
 
@@ -52,6 +59,7 @@ def draw(
         usage: of these tasks, from `ExpertUsage.compute`.
         activity: of the stacks of experts, from `expert_activity`.
         records: lines of the metrics.jsonl of the training.
+        pruned: what was left of each task, by its name.
     """
     images, predictions, targets = samples
     names = [task.name for task in tasks]
@@ -69,6 +77,8 @@ def draw(
         gates=gate_figures(usage, names),
         activity=activity_figures(activity or {}),
         curves={} if curves is None else {"gates over training": curves},
+        similarity=similarity_figures(usage, names) if len(names) > 1 else {},
+        kept=kept_figures(pruned or {}),
     )
 
 

@@ -214,6 +214,7 @@ def _experts(results: Mapping[str, Any], pictures: Pictures) -> str:
     )
     return (
         f'{text}{_layers(routing)}<div class="gallery wide">{cards}</div>{maps}{_gates(pictures)}'
+        f"{_similarity(pictures)}{_pruned(results.get('pruned') or {}, pictures)}"
         f"{_activity(results.get('activity') or {}, pictures)}"
         f"<details><summary>The heat maps as numbers</summary>{tables}</details>"
     )
@@ -231,6 +232,45 @@ def _gates(pictures: Pictures) -> str:
         "samples: without lines the gate looks at the task alone.</p>"
     )
     return f'<h3>Gates</h3>{text}<div class="gallery wide">{cards}{curves}</div>' if cards else ""
+
+
+def _similarity(pictures: Pictures) -> str:
+    """How alike the routing of every two tasks is."""
+    cards = "".join(
+        picture(figure, name, "", f"{name}: similarity of tasks by routing")
+        for name, figure in pictures.similarity.items()
+    )
+    text = (
+        "<p>The cosine between the gate weight of two tasks over the experts: 1 for the same mixture, 0 for experts "
+        "that have nothing in common.</p>"
+    )
+    return f'<h3>Tasks that route alike</h3>{text}<div class="gallery wide">{cards}</div>' if cards else ""
+
+
+def _pruned(pruned: Mapping[str, Mapping[str, Any]], pictures: Pictures) -> str:
+    """What is left of each task when the experts it uses least go."""
+    if not pruned:
+        return ""
+    rows = []
+    for task, found in pruned.items():
+        kept = sum(len(layer["kept"]) for layer in found["layers"].values())
+        experts = sum(layer["experts"] for layer in found["layers"].values())
+        dropped = max(layer["dropped_mass"] for layer in found["layers"].values())
+        cells = [td(f"{kept} of {experts}", number=True), td(f"{dropped:.1%}", number=True)]
+        cells += [td(_short(found["parameters"]), number=True), td(_bar(found["share"]), number=True, raw=True)]
+        rows.append(th(task) + "".join(cells))
+    mass = next(iter(pruned.values()))["mass"]
+    text = (
+        f"<p>One task extracted without the experts that have the least of its gate weight, up to {mass:.0%} of it per "
+        "layer on the first samples. A cross marks an expert that is gone; colour is the share it had. What that costs "
+        "in accuracy <code>moe_mtl.prune(..., held_out=samples)</code> measures.</p>"
+    )
+    cards = "".join(
+        picture(figure, layer, "", f"{layer}: experts kept and dropped per task")
+        for layer, figure in pictures.kept.items()
+    )
+    head = ["task", "#experts left", "#gate weight gone, at most", "#parameters", "#of the extracted model"]
+    return f'<h3>What pruning removes</h3>{text}{table(head, rows)}<div class="gallery wide">{cards}</div>'
 
 
 def _activity(activity: Mapping[str, Mapping[str, Any]], pictures: Pictures) -> str:

@@ -6,6 +6,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from moe_mtl.cost import AGREES
+from moe_mtl.cost import AGREES, count_parameters
 from moe_mtl.diagnostics import LayerUsage, diagnose
 from moe_mtl.hub import replace_file
 from moe_mtl.pretrained import sha256
 from moe_mtl.scoring import multi_task_gain
+from moe_mtl.sparse import extract
 from moe_mtl.tasks import Task
 
+PRUNED_MASS = 0.05  # share of its gate weight that a task gives up in the report
 ELSEWHERE = ("root", "preload", "num_train")  # settings that change no sample that is scored
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -66,6 +69,30 @@ def describe_routing(usage: Mapping[str, LayerUsage], tasks: Sequence[str]) -> d
             for layer, shares in usage.items()
         },
         "routing": {layer: diagnose(shares) for layer, shares in usage.items()},
+    }
+
+
+def prune_each(model: Any, tasks: Sequence[str], x: Any) -> dict[str, Any]:
+    """Every task cut out with the experts that serve it most: `extract` with `PRUNED_MASS` on one batch of inputs."""
+    return {name: extract(model, name, [x], mass=PRUNED_MASS) for name in tasks}
+
+
+def describe_pruned(pruned: Mapping[str, Any], extracted: Mapping[str, Any]) -> dict[str, Any]:
+    """The key `pruned`: what is left of each task.
+
+    Args:
+        pruned: from `prune_each`.
+        extracted: the same tasks with all experts they can reach.
+    """
+    return {
+        name: {
+            "mass": PRUNED_MASS,
+            "parameters": count_parameters(model),
+            "share": count_parameters(model) / count_parameters(extracted[name]),
+            "layers": asdict(model.extraction)["layers"],
+        }
+        for name, model in pruned.items()
+        if model.extraction.layers
     }
 
 

@@ -90,7 +90,7 @@ def agree(small, model, x, tasks):
 @pytest.mark.parametrize("tasks", [["tilt"], ["semseg", "depth"]], ids=["one", "two"])
 def test_without_calibration_it_is_exact_and_holds_the_reachable_experts_alone(gate, tasks):
     model, x = tiny(gate), images()
-    small = extract(model, tasks)
+    small = extract(model, tasks, fold=False)
     agree(small, model, x, tasks)
     assigned = {"depth": [0, 1], "scene": [0, 1], "tilt": [2, 3], "semseg": [4, 5]}  # the groups of 4 tasks
     ids = sorted(e for name in tasks for e in assigned[name]) if gate == "assigned" else list(range(E))
@@ -130,7 +130,7 @@ def test_nan_in_what_a_task_cannot_reach_changes_nothing():
 @pytest.mark.parametrize("tasks", [["depth"], ["scene", "depth"]], ids=["one", "two"])
 def test_calibration_drops_exactly_what_no_token_used(gate, tasks):
     model, x = tiny(gate, shun=True), images()
-    small = extract(model, tasks, [x[:3], x[3:]])
+    small = extract(model, tasks, [x[:3], x[3:]], fold=False)
     expected = {layer: (mass.sum(0) > 0).nonzero()[:, 0].tolist() for layer, mass in used(model, x, tasks).items()}
     assert kept(small) == expected
     assert SHUNNED not in expected["blocks.1"]
@@ -242,7 +242,7 @@ def test_extraction_from_an_extracted_model_keeps_the_ids_of_the_full_one(gate):
     for name, ids in kept(two).items():
         reachable = model.moe_layers[name].gate.reachable(NAMES.index("depth"))
         assert kept(extract(two, "depth"))[name] == sorted(set(ids) & set(range(E) if reachable is None else reachable))
-    assert kept(extract(model, "depth", [x])) == kept(extract(extract(model, "depth"), "depth", [x]))
+    assert kept(extract(model, "depth", [x])) == kept(extract(extract(model, "depth", fold=False), "depth", [x]))
 
 
 def test_experts_kept_in_two_steps_have_the_weights_they_had():
@@ -331,7 +331,8 @@ def test_the_report_is_plain_data_and_readable():
     found = small.extraction.layers["blocks.1"]
     line = f"blocks.1: {len(found.kept)} of 7 experts, {found.dropped_mass:.2%} of the gate mass dropped (64 tokens)"
     assert str(small.extraction).splitlines()[1] == line
-    assert str(extract(tiny("assigned"), "depth").extraction) == "blocks.0: 2 of 7 experts\nblocks.1: 2 of 7 experts"
+    assert str(extract(tiny("assigned"), "depth").extraction).splitlines()[1] == "blocks.1: 2 of 7 experts, no gate"
+    assert str(extract(tiny(), "depth").extraction) == "blocks.0: 7 of 7 experts\nblocks.1: 7 of 7 experts"
 
 
 @pytest.mark.parametrize("name", ["shared_bottom_micro", "single_task_micro"])

@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 
 from moe_mtl.backbones._upcycle import ExpertMaker
 from moe_mtl.backbones.hf_encoder import TextModel, moefy_encoder, read_encoder
+from moe_mtl.folded import fold_layers
 from moe_mtl.multitask import task_ids
 from moe_mtl.tasks import Task
 
@@ -46,6 +47,7 @@ class MoeMtlConfig(PreTrainedConfig):
         experts: options of its experts, see `moe_mtl.models.text_moe.TextMoEConfig`; None for a dense one.
         task_specs: the tasks as `Task.to_dict` writes them.
         kept_experts: ids of the experts that are left, per layer, where some were dropped.
+        folded: the layers whose gate is part of their weights, see `moe_mtl.folded`.
     """
 
     model_type = "moe_mtl"
@@ -56,10 +58,11 @@ class MoeMtlConfig(PreTrainedConfig):
         experts: dict[str, Any] | None = None,
         task_specs: list[dict[str, Any]] | None = None,
         kept_experts: dict[str, list[int]] | None = None,
+        folded: list[str] | None = None,
         **kwargs: Any,
     ):
         self.encoder, self.experts = encoder or {}, experts
-        self.task_specs, self.kept_experts = task_specs or [], kept_experts or {}
+        self.task_specs, self.kept_experts, self.folded = task_specs or [], kept_experts or {}, folded or []
         if len(self.task_specs) == 1:  # what pipelines ask for
             (spec,) = self.task_specs
             names = spec.get("classes") or [f"LABEL_{i}" for i in range(spec["channels"])]
@@ -87,6 +90,7 @@ def build(config: MoeMtlConfig) -> TextModel:
     model = moefy_encoder(read_encoder(config.encoder), config.tasks, make, **where)
     for name, ids in config.kept_experts.items():
         model.moe_layers[name].keep_experts(ids)
+    fold_layers(model, config.folded)
     return model
 
 
@@ -147,6 +151,7 @@ class MoeMtlPreTrainedModel(PreTrainedModel):
             experts=found or None,
             task_specs=[task.to_dict() for task in model.tasks],
             kept_experts=kept,
+            folded=model.config.get("folded"),
         )
         wrapped = cls(config)
         wrapped.model = model

@@ -28,6 +28,7 @@ class Gate(nn.Module, ABC):
 
     Attributes:
         kept: ids of the experts that are left, ascending, int64; None while all of them are. See `keep_experts`.
+        kept_ids: the same as numbers, which an exported forward may read.
         rows: where each of the e experts stands in a bank of the kept ones, int64 [e], -1 for those not in it; or None.
 
     Raises:
@@ -45,6 +46,7 @@ class Gate(nn.Module, ABC):
     default_k: ClassVar[int] = 4
     kept: Tensor | None
     rows: Tensor | None
+    kept_ids: tuple[int, ...] | None = None
 
     def __init__(self, dim: int, num_experts: int, num_tasks: int, k: int):
         super().__init__()
@@ -142,7 +144,7 @@ class Gate(nn.Module, ABC):
         Args:
             ids: of the e experts, ascending, int64.
         """
-        self.kept = ids
+        self.kept, self.kept_ids = ids, tuple(ids.tolist())
         self.rows = ids.new_full((self.num_experts,), -1).scatter(0, ids, torch.arange(len(ids), device=ids.device))
         self.k = min(self.k, len(ids))
 
@@ -163,6 +165,7 @@ class Gate(nn.Module, ABC):
         self.num_experts = count + len(ids)
         if self.kept is not None and self.rows is not None and held is not None:
             self.kept = torch.cat([self.kept, torch.arange(count, self.num_experts, device=self.kept.device)])
+            self.kept_ids = tuple(self.kept.tolist())
             new = torch.arange(held, held + len(ids), device=self.rows.device)
             self.rows = torch.cat([self.rows, new])
 

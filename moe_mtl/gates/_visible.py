@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_mtl.gates._gate import UNREACHABLE
-from moe_mtl.gates._router import RouterGate
+from moe_mtl.gates._router import RouterGate, rows_of
 from moe_mtl.routing import TaskIds
 from moe_mtl.task_linear import TaskLinear
 
@@ -19,10 +19,12 @@ class VisibleExperts(RouterGate):
 
     Attributes:
         hidden_from: what each task cannot see, bool [t, e]; None where every task sees all.
+        seen: ids of what each can, as numbers, which an exported forward may read; None likewise.
         router: the map of each task to the scores of all experts.
     """
 
     hidden_from: Tensor | None
+    seen: tuple[tuple[int, ...], ...] | None
     router: TaskLinear
 
     def hide(self, visible: Sequence[Sequence[int]] | None, least: int = 1) -> None:
@@ -36,6 +38,13 @@ class VisibleExperts(RouterGate):
             ValueError: not one row of at least so many different ids for every task.
         """
         self.register_buffer("hidden_from", None if visible is None else self._table(visible, least))
+        self.note_seen()
+        self.register_load_state_dict_post_hook(_note_seen)
+
+    def note_seen(self) -> None:
+        """Reads, in place, `seen` off the table."""
+        rows = None if self.hidden_from is None else (~self.hidden_from).tolist()
+        self.seen = None if rows is None else tuple(tuple(e for e, yes in enumerate(row) if yes) for row in rows)
 
     def _table(self, visible: Sequence[Sequence[int]], least: int) -> Tensor:
         if len(visible) != self.num_tasks:
@@ -53,26 +62,17 @@ class VisibleExperts(RouterGate):
 
     def reachable(self, task: int) -> tuple[int, ...] | None:
         """Ids of the experts the task can see, ascending; None for all."""
-        if self.hidden_from is None:
-            return None
-        return tuple((~self.hidden_from[task]).nonzero().flatten().tolist())
+        return None if self.seen is None else self.seen[task]
 
     def task_options(self) -> dict[str, Any]:
         """What each task can see, where that is not everything."""
-        if self.hidden_from is None:
-            return {}
-        return {"visible": [(~row).nonzero().flatten().tolist() for row in self.hidden_from]}
+        return {} if self.seen is None else {"visible": [list(row) for row in self.seen]}
 
     def masked(self, logits: Tensor, task: TaskIds) -> Tensor:
         """Logits [m, e], those out of a task's sight replaced."""
         if self.hidden_from is None:
             return logits
-        if isinstance(task, int):
-            return logits.masked_fill(self.hidden_from[task], UNREACHABLE)
-        if isinstance(task, Tensor):
-            return logits.masked_fill(self.hidden_from.index_select(0, task), UNREACHABLE)
-        blocks = logits.unflatten(0, (len(task), -1))
-        return blocks.masked_fill(self.hidden_from[list(task)].unsqueeze(1), UNREACHABLE).flatten(0, 1)
+        return logits.masked_fill(rows_of(self.hidden_from, task, logits.shape[0]), UNREACHABLE)
 
     def check_like(self, like: Sequence[int]) -> None:
         """Refuses ids out of range, and a task that would see no expert.
@@ -111,11 +111,13 @@ class VisibleExperts(RouterGate):
                     rows = torch.stack([entries[i] for i in like])
                     entries[-1].copy_(torch.einsum("ue,ue...->e...", share, rows))
         self.hidden_from = torch.cat([self.hidden_from, self.hidden_from_new(like).unsqueeze(0)])
+        self.note_seen()
 
     def keep_sight(self, tasks: Sequence[int]) -> None:
         """Drops, in place, what every task but these can see."""
         if self.hidden_from is not None:
             self.hidden_from = self.hidden_from[list(tasks)]
+            self.note_seen()
 
     def show_only(self, task: int, ids: Sequence[int]) -> None:
         """Lets a task see, in place, these experts alone.
@@ -130,6 +132,7 @@ class VisibleExperts(RouterGate):
             self.hidden_from = torch.zeros(self.num_tasks, self.num_experts, dtype=torch.bool, device=weight.device)
         self.hidden_from[task] = True
         self.hidden_from[task, list(ids)] = False
+        self.note_seen()
 
     @torch.no_grad()
     def give_experts(self, task: int, ids: Sequence[int]) -> None:
@@ -141,5 +144,11 @@ class VisibleExperts(RouterGate):
         new[task] = False
         self.hidden_from = torch.cat([sight, new], dim=1)
         self.hidden_from[task, list(ids)] = True
+        self.note_seen()
         self.router.append_outputs(ids, task)
         super().give_experts(task, ids)
+
+
+def _note_seen(gate: VisibleExperts, _: Any) -> None:
+    """After a state was loaded; a function, so that a gate can be pickled."""
+    gate.note_seen()
