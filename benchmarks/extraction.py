@@ -323,8 +323,8 @@ def pruning_lines(found: Mapping[str, Any]) -> list[str]:
     lines += [
         "",
         f"{len(met)} of {len(tasks)} tasks give up {1 - AIM:.0%} of their parameters at a loss of at most {ALLOWED} % "
-        f"on both{': ' + ', '.join(met) if met else ''}. Of the {len(chosen)} models chosen on validation images {held} "
-        f"lose at most {ALLOWED} % on test images, too: on {found['val']} images one label of count or scene is "
+        f"on both{': ' + ', '.join(met) if met else ''}. Of the {len(chosen)} models chosen on validation images "
+        f"{held} lose at most {ALLOWED} % on test images, too: on {found['val']} images one label of count or scene is "
         f"{100 / found['val']:.1f} points of accuracy, so these choices are rough.",
     ]
     return lines
