@@ -101,7 +101,8 @@ def fold(bank: ExpertBank, weights: Tensor) -> ExpertBank:
 def fold_layers(model: Any, names: Sequence[str] | None = None) -> list[str]:
     """Takes away, in place, the gates of a model of one task that do not read the tokens; its routings stay.
 
-    An `MoE` becomes one dense MLP, a `FoldedMoE`; the mixture of a `Level` gets constant weights.
+    An `MoE` becomes one dense MLP, a `FoldedMoE`; the mixture of a `Level` gets constant weights. Which layers these
+    are is recorded in `model.config["folded"]`.
 
     Args:
         model: in the mode that counts, evaluation: a gate's weights are taken as they are there.
@@ -119,4 +120,7 @@ def fold_layers(model: Any, names: Sequence[str] | None = None) -> list[str]:
     for name in chosen:
         if isinstance(layers[name], Level):
             layers[name].gate = constant_of(layers[name].gate)
+    config: dict[str, Any] | None = getattr(model, "config", None)
+    if config is not None and chosen:
+        config["folded"] = chosen
     return chosen

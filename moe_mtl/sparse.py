@@ -88,7 +88,8 @@ def extract(
     The result is a model like any other: it runs, trains, compiles, exports, saves, loads and is extracted from again.
     Its `Routing`s keep the expert ids and columns of the full layer, so pictures of both compare; auxiliary losses,
     too, still count all experts. Where a gate keeps just the k experts it chooses, they run as one dense mixture,
-    without dispatch. Of one task whose gate does not read the tokens no gate is left: its experts are one dense MLP.
+    without dispatch. Of one task whose gate does not read the tokens no gate is left: its experts are one dense MLP,
+    which agrees up to rounding; with `fold=False` the result is the same to the bit.
 
     Where no layer has task-gated experts, as in a set of single-task models, the chosen tasks are copied and
     calibration is not read.
@@ -201,8 +202,6 @@ def finished(small: Any, kept: Kept | None = None, measured: Measured | None = N
     if kept and hasattr(small, "trunk"):  # streams that only dropped experts read
         small = for_tasks(small, names, fold=fold)
     folded = fold_layers(small) if fold and getattr(small, "moe_layers", None) else []
-    if folded and hasattr(small, "config"):
-        small.config["folded"] = folded
     found = {}
     for name, layer in getattr(small, "moe_layers", {}).items():
         mass, report = None if measured is None else measured.mass[name], {}

@@ -182,7 +182,8 @@ def test_the_page_is_whole_and_loads_nothing(whole):
         for metric, value in metrics.items():
             assert format_metric(value, results["metric_info"][task][metric]["unit"]) in page
     layers, maps = len(results["usage"]), math.ceil(len(results["metrics"]) / 3)
-    assert page.count("<img ") == len(results["metrics"]) + 2 * layers + maps  # usage and weights of every layer
+    every = 4 * layers + 1  # usage, weights, likeness of tasks and what pruning keeps; likeness over all layers
+    assert page.count("<img ") == len(results["metrics"]) + every + maps
     assert page.count("alt=") == page.count("<img ")
 
 
