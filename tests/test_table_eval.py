@@ -60,9 +60,10 @@ def test_what_is_measured_of_a_table_model(scored):
 
 def test_the_page_shows_it(scored):
     _, page = scored
-    # a chart per task, then load, weights, units, and the gates over training
-    assert page.count("<img ") == 2 + 1 + 1 + 1 + 1
-    for text in ("Gates", "Units of the experts", "gates over training", "dead units"):
+    # a chart per task, then load, weights, similarity of all layers and of one, kept experts, units, training
+    assert page.count("<img ") == 2 + 1 + 1 + 2 + 1 + 1 + 1
+    headings = ("Gates", "Tasks that route alike", "What pruning removes", "Units of the experts")
+    for text in (*headings, "gates over training", "dead units"):
         assert text in page
 
 
