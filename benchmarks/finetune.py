@@ -202,7 +202,7 @@ def nearness(model: Any, late: Late, few: Any) -> list[str]:
     """The two nearest tasks, on the samples of the new one and some of the known ones; one where it needs no more."""
     known = late.data.split("train")
     rows = [few[i] for i in range(min(64, len(few)))]
-    if late.data is not late.with_new and not isinstance(late.data, Without):
+    if not isinstance(late.data, Without):  # its samples have labels of the other tasks, too
         for task in model.tasks:
             rows += [known[i] for i in known.labelled(task.name)[:64]]
     return list(moe_mtl.task_similarity(model, late.task(), rows))[:2]
@@ -244,7 +244,7 @@ def write() -> None:
             f"## {name}",
             "",
             f"{make.__doc__}",
-            f"`python benchmarks/finetune.py {name}`.",
+            f"`python benchmarks/finetune.py {name}{'' if name == 'procroom' else ' --root=FOLDER'}`.",
             "",
             table(head, rows),
         ]

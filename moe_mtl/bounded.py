@@ -127,6 +127,10 @@ class FileBank(ExpertBank):
         """Refused: the experts are in a file."""
         self._refuse("cut out")
 
+    def copy_experts(self, ids: Sequence[int]) -> None:
+        """Refused: the experts are in a file."""
+        self._refuse("copied")
+
     def keep_experts(self, ids: Sequence[int]) -> None:
         """Refused: the experts are in a file."""
         self._refuse("dropped")

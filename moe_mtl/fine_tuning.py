@@ -28,7 +28,7 @@ from moe_mtl.adapters.expert_lora import ExpertLora
 from moe_mtl.diagnostics import expert_usage
 from moe_mtl.new_experts import OnlyNew, add_experts
 from moe_mtl.new_task import FewShot
-from moe_mtl.samples import inputs_of, labelled_tasks, samples_of
+from moe_mtl.samples import USAGE, inputs_of, labelled_tasks, samples_of, with_labels
 from moe_mtl.tasks import nearest
 from moe_mtl.trainer import Trainer
 from moe_mtl.trainer_config import TrainerConfig
@@ -38,7 +38,6 @@ Model = TypeVar("Model", bound=nn.Module)
 Scores = dict[str, dict[str, float]]
 
 SHARED = 0.1  # learning rate of what was trained before and is not a task's own, over that of the rest
-USAGE = 256  # samples on which the use of experts is measured
 
 
 @dataclass(frozen=True)
@@ -119,13 +118,14 @@ def finetune(
             fit; a model that cannot be trained this way.
         TrainingDiverged: a loss is not finite.
 
-    Whatever is raised, and when it is interrupted, the model is what it was.
+    Whatever is raised, and when it is interrupted, the model is what it was, its parameters being copies then.
     """
     if train not in get_args(Train):
         raise ValueError(f"train: unknown {train!r}; {nearest(str(train), get_args(Train))}")
     tuned: Any = model
     learn, validate = samples_of(tuned, data, val, int(options.get("seed", 0)))
     names = labelled_tasks(tuned, learn, tasks)
+    learn = with_labels(learn, names)
     backup = copy.deepcopy(model)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
@@ -254,7 +254,11 @@ class _Tuning:
         return found
 
     def _own(self, name: str) -> list[nn.Parameter]:
-        return self.model.own_parameters(name) if hasattr(self.model, "own_parameters") else []
+        """What belongs to a task alone; nothing in sets of models, and where tasks are stages of one process."""
+        try:
+            return self.model.own_parameters(name) if hasattr(self.model, "own_parameters") else []
+        except ValueError:
+            return []
 
     def merge(self) -> None:
         """Makes plain parameters of what was added for training."""

@@ -220,7 +220,10 @@ def build(config: Mapping[str, Any], where: Path) -> nn.Module:
         if "kept_experts" in config:  # it was pruned: fewer experts than its options say
             sparse.keep_experts(model, config["kept_experts"])
         if "extraction" in config:
-            model.extraction = sparse.Extraction.from_dict(config["extraction"])
+            from moe_mtl.pruning import Pruning  # late: metrics take a second to import
+
+            kind = Pruning if "by" in config["extraction"] else sparse.Extraction
+            model.extraction = kind.from_dict(config["extraction"])
         if "folded" in config:  # a task's own: gates that decided nothing are part of the weights
             fold_layers(model, config["folded"])
     except (KeyError, TypeError, ValueError) as error:

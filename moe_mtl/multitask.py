@@ -53,10 +53,10 @@ def check_new(known: Sequence[Task], task: Task, init_from: Sequence[str] | str 
     names = [one.name for one in known]
     if task.name in names:
         raise ValueError(f"task: the model has a task {task.name!r}; choose another name, or rename that one")
-    if init_from == "nearest" and "nearest" not in names:
+    if init_from in ("nearest", "most_used") and init_from not in names:
         raise ValueError(
-            "init_from: which tasks are nearest is measured on samples; call "
-            "moe_mtl.add_task(model, task, init_from='nearest', data=samples)"
+            f"init_from: what is {init_from} is measured on samples; call "
+            f"moe_mtl.add_task(model, task, init_from={init_from!r}, data=samples)"
         )
 
 

@@ -1,11 +1,11 @@
 """A new task for a trained model: its routers start from the nearest tasks, and it alone learns from a few samples.
 
     add_task(model, task, init_from="nearest", data=samples)
-    data = FewShot(model.tasks, train=samples, val=others)
-    Trainer(model, data, TrainerConfig(out="runs/few", steps=200, lr_scales=train_only(model, task.name))).fit()
+    finetune(model, samples, train="router+head")
 
 What belongs to the new task alone are its head and its entries of the gates. While nothing else learns, the other tasks
-compute what they did, to the bit.
+compute what they did, to the bit. For a run with a folder, which can be resumed, `Trainer` takes `train_only` and
+`FewShot`.
 
 Paper: none; inspired by Gupta et al. 2022, https://arxiv.org/abs/2204.07689 (new tasks learn few-shot on the routing of
     related ones).
@@ -21,13 +21,12 @@ from typing import Any
 from moe_mtl.diagnostics import expert_usage
 from moe_mtl.gates import VisibleExperts
 from moe_mtl.new_experts import task_layers
-from moe_mtl.samples import inputs_of, read_samples
+from moe_mtl.samples import USAGE, inputs_of, read_samples
 from moe_mtl.similarity import By, Routed, task_similarity
 from moe_mtl.tasks import Task
 
 MEASURED = ("nearest", "most_used")
 MOST = 0.8  # share of the gates' weights
-USAGE = 256  # samples it is measured on
 
 
 def add_task(

@@ -11,6 +11,7 @@ from moe_mtl.multitask import move, task_ids
 
 HELD_OUT = 0.2  # of samples that come without others to validate on
 LEAST = 5  # samples from which on some are held out
+USAGE = 256  # samples on which the use of experts is measured
 
 
 class TextRows(Dataset):
@@ -86,6 +87,14 @@ def _labelled(samples: Any, name: str) -> bool:
     if hasattr(samples, "labelled"):
         return bool(len(samples.labelled(name)))
     return any(samples[i].get(name) is not None for i in range(len(samples)))
+
+
+def with_labels(samples: Any, names: Sequence[str]) -> Any:
+    """The samples that have a label of some of these tasks, where the data set knows which; else all."""
+    if not hasattr(samples, "labelled"):
+        return samples
+    rows = sorted({int(i) for name in names for i in samples.labelled(name)})
+    return samples if len(rows) == len(samples) else Subset(samples, rows)
 
 
 def inputs_of(model: Any, samples: Any, limit: int, batch_size: int = 32) -> Iterator[Any]:

@@ -55,7 +55,7 @@ class Extraction:
         for name, layer in data["layers"].items():
             mass = {task: tuple(shares) for task, shares in layer.get("mass_by_task", {}).items()}
             layers[name] = LayerExtraction(**{**layer, "kept": tuple(layer["kept"]), "mass_by_task": mass})
-        return cls(layers)
+        return cls(**{**data, "layers": layers})
 
     def __str__(self) -> str:
         lines = []

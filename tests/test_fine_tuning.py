@@ -10,8 +10,8 @@ from moe_mtl import extract, load, moefy, save
 from moe_mtl.adapters.expert_lora import ExpertLora
 from moe_mtl.data import TextSplit
 from moe_mtl.diagnostics import expert_usage
-from moe_mtl.fine_tuning import samples_of
 from moe_mtl.new_experts import OnlyNew, add_experts
+from moe_mtl.samples import samples_of, with_labels
 from moe_mtl.tasks import Task
 from moe_mtl.trainer import TrainingDiverged
 from tests import test_new_task as pictures
@@ -296,3 +296,31 @@ def test_models_that_cannot_be_trained_this_way():
     texts = [{"text": text, "room": torch.tensor(i % 4)} for i in range(8)]
     with pytest.raises(ValueError, match="train: experts of hidden='split'"):
         moe_mtl.finetune(split, texts, "new-experts", **FAST)
+
+
+def test_stages_of_one_process_train_together_alone():
+    from tests import test_esmm as stages
+
+    model = stages.make().eval()
+    x = stages.rows(24)
+    samples = [
+        {"table": {k: v[i] for k, v in x.items()}, model.tasks[0].name: torch.tensor(float(i % 2))} for i in range(24)
+    ]
+    before = state(model)
+    moe_mtl.finetune(model, samples, "all", **FAST)
+    assert not same(state(model), before)
+    with pytest.raises(ValueError, match="task: the tasks of esmm_table are stages"):
+        moe_mtl.finetune(model, samples, **FAST)
+
+
+def test_only_samples_with_labels_of_the_tasks_are_drawn(tmp_path):
+    folder = save_encoder(tmp_path / "encoder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tasks = [Task.classification("topic", 2), Task.classification("mood", 2)]
+    torch.manual_seed(0)
+    model = moe_mtl.create_model("text_shared_bottom", tasks=tasks, encoder=str(folder)).eval()
+    texts = [{"text": "play yesterday", "topic": 0}] * 40 + [{"text": "weather in rome ?", "mood": 1}] * 4
+    learn = with_labels(TextSplit(texts, tasks, tokenizer), ["mood"])
+    assert len(learn) == 4 and all("mood" in learn[i] for i in range(4))
+    moe_mtl.finetune(model, TextSplit(texts, tasks, tokenizer), tasks="mood", val=learn, **FAST)
+    assert model.finetuning.after["mood"]["accuracy"] == 1.0

@@ -305,6 +305,13 @@ def test_the_report_of_an_extraction_comes_back(tmp_path):
     assert not hasattr(hub.load(hub.save(model(), tmp_path / "m")), "extraction")
 
 
+def test_the_report_of_a_pruning_comes_back(tmp_path):
+    held_out = [{"image": x, "depth": torch.rand(x.shape[-2:]) + 1} for x in X]
+    small: Any = moe_mtl.prune(model(), "depth", [X], experts=2, held_out=held_out)
+    again: Any = hub.load(hub.save(small, tmp_path))
+    assert again.extraction == small.extraction and again.extraction.after["depth"] and again.extraction.by == "usage"
+
+
 def test_the_card_says_what_the_model_is_and_its_code_runs(tmp_path, monkeypatch):
     m = model()
     hub.save(m, tmp_path, dtype=torch.float16)

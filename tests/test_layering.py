@@ -60,7 +60,7 @@ ALLOWED = {
         *("adapters", "diagnostics", "new_experts", "new_task", "samples", "tasks", "trainer", "trainer_config"),
     },
     "hub_mixin": {"hub", "locate", "tasks"},
-    "hub": {"folded", "folder_card", "locate", "pretrained", "registry", "sparse", "tasks"},
+    "hub": {"folded", "folder_card", "locate", "pretrained", "pruning", "registry", "sparse", "tasks"},
     "tensor_file": set(),
     "bounded": {"experts", "hub", "routing", "tensor_file"},
     "inputs": {"backbones", "columns", "data"},

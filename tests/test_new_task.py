@@ -363,7 +363,8 @@ def test_tasks_get_other_names(tmp_path):
     ("noisy_topk", NEW, "scen", "init_from: unknown task 'scen'; did you mean 'scene'"),
     ("noisy_topk", NEW, ["scene", "scene"], "init_from: .* names a task twice"),
     ("noisy_topk", NEW, [], "init_from: got an empty list"),
-    ("noisy_topk", NEW, "nearest", r"init_from: which tasks are nearest .* moe_mtl.add_task\("),
+    ("noisy_topk", NEW, "nearest", r"init_from: what is nearest .* moe_mtl.add_task\("),
+    ("noisy_topk", NEW, "most_used", r"init_from: what is most_used .* moe_mtl.add_task\("),
     ("dselect_k", NEW, ["depth", "tilt"], "init_from: selectors name experts"),
 ])  # fmt: skip
 def test_what_is_refused_changes_nothing(gate, task, init_from, message):
@@ -569,7 +570,7 @@ def test_routers_of_a_new_table_task_start_like_others(name):
 
 
 def test_table_models_that_take_no_task():
-    alone = table_model("single_task_table") if "single_task_table" in TAKE_TASKS else tables.make("single_task_table")
+    alone = tables.make("single_task_table")
     with pytest.raises(ValueError, match="model: a SingleTaskSet takes no new task"):
         add_task(alone, EXTRA)
     home = tables.make("home_table", categories=[["click", "time"], ["kind"]])
