@@ -93,12 +93,17 @@ def test_training_of_new_experts_leaves_other_tasks_bit_equal():
     torch.testing.assert_close(of(model, x, ["room"])["room"], dense, rtol=1e-5, atol=1e-6)  # copies, in their place
     others = of(model, x, pictures.NAMES)
     only = OnlyNew({layer.experts: 3 for layer in model.moe_layers.values()})
+    torch.testing.assert_close(of(model, x, ["room"])["room"], dense, rtol=1e-5, atol=1e-6)  # still copies
     with torch.no_grad():
         for p in only.parameters:
             p.normal_()
+    drawn = {id(p): p.detach().clone() for p in only.parameters}
     assert same(of(model, x, pictures.NAMES), others)
+    changed = of(model, x, ["room"])["room"]
     only.merge()
-    assert same(of(model, x, pictures.NAMES), others)
+    assert same(of(model, x, pictures.NAMES), others) and torch.equal(of(model, x, ["room"])["room"], changed)
+    bank = model.moe_layers["blocks.0"].experts
+    assert any(torch.equal(bank.w1[7:], p) for p in drawn.values())
     assert not torch.allclose(of(model, x, ["room"])["room"], dense)
     used = expert_usage(model, [x], tasks=["room", "depth"])["blocks.0"].slots
     assert used[3, 7:].sum() > 0 and used[0, 7:].sum() == 0  # room's, and no other's
