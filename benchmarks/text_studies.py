@@ -277,13 +277,13 @@ def adapters(place: dict[str, str], seed: int) -> Iterator[Job]:
 
 def adapter_arrival(place: dict[str, str], seed: int) -> Iterator[Job]:
     """BANKING77 as a new task of frozen encoders with adapters: routing alone (z-only), the mean of skills, all."""
-    ways = {
-        "mhr": (("fresh", "own"), ("fresh", "average"), ("fresh", "all")),
-        "lora_aligned": (("fresh", "own"), ("fresh", "all")),
+    ways = {  # each at the rate that `adapters` finds better on validation texts
+        "mhr": (".fast", (("fresh", "own"), ("fresh", "average"), ("fresh", "all"))),
+        "lora_aligned": ("", (("fresh", "own"), ("fresh", "all"))),
     }
-    for name, tried in ways.items():
+    for name, (rate, tried) in ways.items():
         model, args = ADAPTERS[name]
-        made = recipe("text_shared_bottom_nlu", place, KNOWN, args, steps=1000, warmup=100, **MIXED)
+        made = recipe("text_shared_bottom_nlu", place, KNOWN, args, steps=1000, warmup=100, lr=RATES[rate], **MIXED)
         made = replace(made, model=replace(made.model, name=model))
         yield from arrivals("adapter_arrival", name, made, place, seed, tried)
 

@@ -268,11 +268,20 @@ class MultiTaskModel(HubModel, nn.Module):
             ValueError: there is no such task.
         """
         (task,) = task_ids(self.tasks, [name], "name")
-        found = list(self.heads[name].parameters())
+        found = self.head_parameters(name)
         for layer in self.moe_layers.values():
             parameters = dict(layer.gate.named_parameters())
             found += [parameters[entry] for entry in layer.gate.own_parameters(task)]
         return found
+
+    def head_parameters(self, name: str) -> list[nn.Parameter]:
+        """The parameters of a task's head, in an order that heads of one shape share.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        task_ids(self.tasks, [name], "name")
+        return list(self.heads[name].parameters())
 
     def fresh_head(self, task: Task) -> nn.Module:
         """A head for a task, as the model's own are made, on its device and in its mode; the model does not change.

@@ -18,8 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from moe_mtl.diagnostics import expert_usage
 from moe_mtl.gates import VisibleExperts
+from moe_mtl.multitask import task_ids
 from moe_mtl.new_experts import task_layers
 from moe_mtl.samples import USAGE, inputs_of, read_samples
 from moe_mtl.similarity import By, Routed, task_similarity
@@ -37,6 +40,7 @@ def add_task(
     data: Any = None,
     neighbours: int = 2,
     by: By = "fisher",
+    head_from: str | None = None,
     **options: Any,
 ) -> Routed:
     """`model.add_task`, which also finds the tasks to start from.
@@ -50,17 +54,55 @@ def add_task(
             samples of the new task, whose labels are not read.
         neighbours: how many of the nearest. Some gates have no mean of several tasks, and want 1.
         by: what nearness is measured by, "fisher", "gradient" or "embedding".
+        head_from: a task of the model, of as many outputs and the same kind, whose head the new one starts as a copy
+            of; a fresh head when None.
         options: further arguments of `task_similarity`.
 
     Returns:
         The model. Which tasks were found is printed to stderr.
 
     Raises:
-        ValueError: a model that takes no new task; "nearest" without data, or data without it; or what
-            `model.add_task` and `task_similarity` refuse.
+        ValueError: a model that takes no new task; "nearest" without data, or data without it; a head that cannot be
+            copied; or what `model.add_task` and `task_similarity` refuse.
     """
     if not hasattr(model, "add_task"):
         raise ValueError(f"model: a {type(model).__name__} takes no new task; expected a MultiTaskModel or VectorModel")
+    if head_from is not None:
+        _check_head(model, task, head_from)
+    _add(model, task, init_from, data, neighbours, by, options)
+    if head_from is not None:
+        with torch.no_grad():
+            for new, old in zip(model.head_parameters(task.name), model.head_parameters(head_from), strict=True):
+                new.copy_(old)
+    return model
+
+
+def _check_head(model: Routed, task: Task, name: str) -> None:
+    """Refuses a head that does not fit a task.
+
+    Raises:
+        ValueError: there is no such task, or it predicts something else.
+    """
+    (i,) = task_ids(model.tasks, [name], "head_from")
+    like = model.tasks[i]
+    if (like.kind, like.channels) != (task.kind, task.channels):
+        fit = [one.name for one in model.tasks if (one.kind, one.channels) == (task.kind, task.channels)]
+        raise ValueError(
+            f"head_from: {name} is {like.kind} with {like.channels} outputs, {task.name} {task.kind} with "
+            f"{task.channels}; {'these fit: ' + ', '.join(fit) if fit else 'no task of the model fits, leave it out'}"
+        )
+
+
+def _add(
+    model: Routed,
+    task: Task,
+    init_from: Sequence[str] | str | None,
+    data: Any,
+    neighbours: int,
+    by: By,
+    options: dict[str, Any],
+) -> Routed:
+    """`add_task` with a fresh head."""
     measured = init_from in MEASURED and init_from not in [one.name for one in model.tasks]
     if not measured or (init_from == "most_used" and options):
         given = ", ".join(["data"] * (data is not None and not measured) + list(options))

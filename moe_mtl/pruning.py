@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from moe_mtl.calibration import grouped, measure
+from moe_mtl.distilling import distill
 from moe_mtl.multitask import MultiTaskModel, SingleTaskSet, count_rows, evaluating, move
+from moe_mtl.samples import read_samples
 from moe_mtl.scoring import TaskMetrics, multi_task_gain
 from moe_mtl.sparse import Extraction, MassLimit, check_mass, finished, for_tasks, prunable
 from moe_mtl.tasks import nearest
@@ -29,6 +31,8 @@ class Pruning(Extraction):
         samples: held-out samples it was scored on; 0 without any.
         before: the tasks' metrics on them, of the model `extract` gives.
         after: the same of the pruned one.
+        updates: in which what is left learned the features of the whole; see `recover`.
+        lacking: what the features lacked before these and after, as a share of the variance of the whole's.
         change: by task, how much better (+) or worse (-) that is in percent, the mean over its metrics; see
             `moe_mtl.scoring.multi_task_gain`.
     """
@@ -36,6 +40,8 @@ class Pruning(Extraction):
     by: By = "usage"
     whole: int = 0
     parameters: int = 0
+    updates: int = 0
+    lacking: tuple[float, float] = (0.0, 0.0)
     samples: int = 0
     before: Scores = field(default_factory=dict)
     after: Scores = field(default_factory=dict)
@@ -45,6 +51,9 @@ class Pruning(Extraction):
         """What is left and what it cost, a line per task."""
         share = self.parameters / max(self.whole, 1)
         lines = [f"{self.parameters:,} of {self.whole:,} parameters left ({share:.1%}), by {self.by}"]
+        if self.updates:
+            before, after = self.lacking
+            lines.append(f"features off by {before:.2%} of their variance, {self.updates} updates later {after:.2%}")
         for task, metrics in self.before.items():
             scores = [f"{name} {old:.4g} -> {self.after[task][name]:.4g}" for name, old in metrics.items()]
             lines.append(f"{task}: {', '.join(scores)} ({self.change[task]:+.2f} %, {self.samples} held-out samples)")
@@ -63,6 +72,9 @@ def prune(
     experts: int | Mapping[str, int] | None = None,
     budget: float | None = None,
     by: By = "usage",
+    recover: Any = None,
+    updates: int = 200,
+    lr: float = 1e-3,
     held_out: Iterable[Any] | None = None,
     fold: bool = True,
 ) -> MultiTaskModel | SingleTaskSet:
@@ -82,6 +94,9 @@ def prune(
              chooses these.
     budget   Over all layers until so many parameters are left, of the whole model.
 
+    With `recover` what is left then learns to give the features that the heads had before: the experts and gates are
+    trained on the squared error to them (`moe_mtl.distilling`), nothing else of the model moves, and no label is read.
+
     A token always has an expert: of those that a task, or a stream of a table's trunk, can reach one is kept.
 
     Args:
@@ -92,6 +107,9 @@ def prune(
         experts: left in each layer, or by layer, the key of its `Routing`.
         budget: parameters that may remain, an int; or the share of those that `extract` leaves, above 0 to 1, a float.
         by: "usage" or "output".
+        recover: samples like those of training, a list of them or a map-style data set, the more the better.
+        updates: of 16 of these samples.
+        lr: peak learning rate of the updates.
         held_out: samples with labels, single or in batches, on which the tasks' metrics are measured before and after;
             the result is also printed to stderr.
         fold: as in `extract`.
@@ -102,14 +120,18 @@ def prune(
     Raises:
         ValueError: not just one of `mass`, `experts` and `budget`; one of them out of range, or such that no choice of
             experts meets it (the smallest that does is named) or a token would have none; held-out samples without a
-            label of a task; an unknown `by`; or what `extract` refuses.
+            label of a task; no samples to recover on, or updates or a rate out of range; an unknown `by`; or what
+            `extract` refuses.
     """
     goal = [name for name, value in (("mass", mass), ("experts", experts), ("budget", budget)) if value is not None]
     if len(goal) != 1:
         raise ValueError(f"mass, experts, budget: got {', '.join(goal) or 'none'}, expected exactly one of the three")
     if by not in get_args(By):
         raise ValueError(f"by: unknown {by!r}; {nearest(str(by), get_args(By))}")
+    if updates < 1 or not lr > 0:
+        raise ValueError(f"updates, lr: got {updates}, {lr}; expected 1 or more, above 0")
     whole: Any = for_tasks(model, tasks, fold=fold)
+    recover = None if recover is None else read_samples(whole, recover, "recover")
     held = prunable(whole) if getattr(whole, "moe_layers", None) else {}
     may, fits = _anything, _anything
     if mass is not None:
@@ -124,12 +146,17 @@ def prune(
         cost = by_usage(measured.mass) if by == "usage" else by_output(whole.moe_layers, measured.calls)
         kept = thin(held, cost, may, fits if mass is None else MassLimit(whole, measured, mass))
     small = finished(small, kept, measured, fold=fold)
+    lacking = (0.0, 0.0)
+    if recover is not None and kept != held:
+        lacking = distill(small, whole, recover, steps=updates, lr=lr)
     before, after, samples = _compare(whole, small, held_out) if held_out is not None else ({}, {}, 0)
     small.extraction = Pruning(
         layers=small.extraction.layers,
         by=by,
         whole=_parameters(whole),
         parameters=_parameters(small),
+        updates=updates if recover is not None and kept != held else 0,
+        lacking=lacking,
         samples=samples,
         before=before,
         after=after,

@@ -106,8 +106,12 @@ def inputs_of(model: Any, samples: Any, limit: int, batch_size: int = 32) -> Ite
         limit: samples.
         batch_size: of them per batch.
     """
-    device = next(model.parameters()).device
     for rows in in_order(samples, batch_size, limit):
-        batch = samples.__getitems__(rows) if hasattr(samples, "__getitems__") else [samples[i] for i in rows]
-        batch = collate(batch, [], inputs=(model.input,))
-        yield move(batch[model.input], device)
+        yield input_of(model, samples, rows)
+
+
+def input_of(model: Any, samples: Any, rows: Sequence[int]) -> Any:
+    """What a model is called with, on its device, of the samples of these numbers."""
+    batch = samples.__getitems__(rows) if hasattr(samples, "__getitems__") else [samples[i] for i in rows]
+    batch = collate(batch, [], inputs=(model.input,))
+    return move(batch[model.input], next(model.parameters()).device)

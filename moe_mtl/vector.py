@@ -169,9 +169,18 @@ class VectorModel(HubModel, nn.Module):
             ValueError: there is no such task, or the model takes no new tasks and has nothing to name.
         """
         (task,) = task_ids(self.tasks, [name], "name")
-        towers, trunk = self._open_towers(), self.trunk
+        return self.head_parameters(name) + self.trunk.own_parameters(task)  # type: ignore[operator]
+
+    def head_parameters(self, name: str) -> list[nn.Parameter]:
+        """The parameters of a task's tower, in an order that towers of one shape share.
+
+        Raises:
+            ValueError: there is no such task, or the model takes no new tasks and has nothing to name.
+        """
+        (task,) = task_ids(self.tasks, [name], "name")
+        towers = self._open_towers()
         parameters = dict(towers.named_parameters())
-        return [parameters[entry] for entry in entries_of(towers, task)] + trunk.own_parameters(task)  # type: ignore[operator]
+        return [parameters[entry] for entry in entries_of(towers, task)]
 
     def add_task(self, task: Task, init_from: Sequence[str] | str | None = None) -> Self:
         """Adds a task, in place: a fresh tower and, where the trunk is gated, gates of its own over the experts.

@@ -9,6 +9,7 @@ import torch
 
 from moe_mtl import create_model, extract, load, prune, save
 from moe_mtl.cost import count_parameters
+from moe_mtl.distilling import difference
 from moe_mtl.scoring import TaskMetrics
 from moe_mtl.sparse import keep_experts
 from moe_mtl.tasks import Task
@@ -185,6 +186,50 @@ def test_the_loss_on_held_out_samples_is_measured_and_printed(capsys):
     assert quiet.before == {} and quiet.samples == 0 and len(str(quiet).splitlines()) == 3
 
 
+# ---- learned again --------------------------------------------------------------------------------------------------
+
+
+def features(model, x, task=0):
+    return model.features(x, task)[0].patches
+
+
+@pytest.mark.parametrize("tasks", ["depth", ["scene", "depth"]], ids=["one", "two"])
+def test_what_is_left_learns_the_features_there_were(tasks):
+    model, seen, fresh = tiny(), [{"image": image} for image in images(24, seed=8)], images(8, seed=9)
+    before = state(model)
+    how = {"experts": 3, "recover": seen, "updates": 80, "lr": 1e-2}
+    plain, small = prune(model, tasks, [images()], experts=3), prune(model, tasks, [images()], **how)
+    off = [(features(one, fresh) - features(extract(model, tasks), fresh)).square().mean() for one in (plain, small)]
+    assert off[1] < 0.8 * off[0]  # on images that were not seen
+    report = small.extraction
+    assert report.updates == 80 and 0 < report.lacking[1] < 0.6 * report.lacking[0]
+    assert "80 updates later" in str(report) and kept(small) == kept(plain) and not small.training
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    moved = {name for name, t in state(small).items() if not torch.equal(t, state(plain)[name])}
+    assert moved and all(".moe." in name for name in moved)  # nothing but experts and gates
+    again = prune(model, tasks, [images()], **how)
+    assert all(torch.equal(a, b) for a, b in zip(state(again).values(), state(small).values(), strict=True))
+
+
+def test_frozen_gates_stay_and_a_whole_model_has_nothing_to_learn():
+    model, seen = tiny(gate_args={"frozen": True}), samples()
+    plain, small = (prune(model, "depth", [images()], experts=2, recover=r, updates=3) for r in (None, seen))
+    for name, t in state(small).items():
+        assert torch.equal(t, state(plain)[name]) != (".experts." in name), name
+    whole = prune(model, "depth", [images()], budget=1.0, recover=seen)
+    assert whole.extraction.updates == 0 and "later" not in str(whole.extraction)
+
+
+def test_padding_is_no_feature():
+    torch.manual_seed(0)
+    tasks = (Task.tagging("slots", ["O", "B-x", "I-x"]),)
+    model = create_model("text_moe", tasks=tasks, encoder=encoder("bert").config.to_dict(), experts=4, k=1, every=1)
+    small, x = prune(model.eval(), "slots", [texts()], experts=2), texts()
+    expected = difference(small, model, x)
+    longer = {name: torch.nn.functional.pad(t, (0, 3)) for name, t in x.items()}
+    torch.testing.assert_close(difference(small, model, longer), expected, rtol=1e-4, atol=1e-6)
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         "how, message",
@@ -200,6 +245,9 @@ class TestBadInput:
             ({"budget": 1.5}, "budget: got 1.5, expected a number of parameters"),
             ({"budget": 0}, "budget: got 0"),
             ({"budget": 1e-3}, "budget: got 0.001, at most"),
+            ({"experts": 2, "recover": []}, "recover: got no samples"),
+            ({"experts": 2, "recover": "images"}, "recover: got a str, expected samples"),
+            ({"experts": 2, "updates": 0}, "updates, lr: got 0, 0.001"),
             ({"experts": 2, "by": "outputs"}, "by: unknown 'outputs'; did you mean 'output'"),
             ({"experts": 2, "held_out": [{"image": images(2)}]}, "held_out: no sample has a label of 'scene'"),
             ({"experts": 2, "held_out": [images(2)]}, "held_out: item 0 is a Tensor; expected dicts"),
@@ -233,7 +281,8 @@ def test_tables(name, tasks, tmp_path):
     single = [{"table": {k: t[i] for k, t in x.items()}, **{n: t[i] for n, t in y.items()}} for i in range(40)]
     for by in ("usage", "output"):
         whole = count_parameters(extract(model, tasks, fold=False))
-        small = prune(model, tasks, single, budget=0.9, by=by, held_out=single)
+        how = {"recover": single, "updates": 10, "lr": 1e-2} if by == "output" else {}
+        small = prune(model, tasks, single, budget=0.9, by=by, held_out=single, **how)
         assert count_parameters(small) <= 0.9 * whole and small.extraction.samples == 40
         assert all(p.isfinite().all() for p in small(x).values())
     again = load(save(small, tmp_path))
