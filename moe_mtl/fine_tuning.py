@@ -97,7 +97,8 @@ def finetune(
             `moe_mtl.data` with the splits "train" and "val".
         train: which parameters learn, see above.
         tasks: names of the tasks to train; those the samples have labels of when None.
-        val: samples to validate on. Without any a fifth of `data` is held out, of five samples or more.
+        val: samples to validate on. When None a fifth of `data` is held out, of five samples or more, or its split
+            "val" is taken. False for none: all samples are learned from, in all updates.
         new_experts: for "new-experts", how many per layer and task; None for as many as a token uses, at most half of
             those the task can see.
         rank: of the updates of "lora".

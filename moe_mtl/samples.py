@@ -38,14 +38,18 @@ class TextRows(Dataset):
 
 
 def samples_of(model: Any, data: Any, val: Any, seed: int) -> tuple[Any, Any]:
-    """Samples to learn from and, or None, to validate on.
+    """Samples to learn from and, or None, to validate on: some of them where `val` is None, none where it is False.
 
     Raises:
         ValueError: there are none, or they are no samples.
     """
     if hasattr(data, "split") and hasattr(data, "task_list"):
-        return data.split("train"), data.split("val") if val is None else read_samples(model, val, "val")
+        if val is None:
+            val = data.split("val")
+        return data.split("train"), None if val is False else read_samples(model, val, "val")
     data = read_samples(model, data, "data")
+    if val is False:
+        return data, None
     if val is not None or len(data) < LEAST:
         return data, None if val is None else read_samples(model, val, "val")
     order, held = shuffled(len(data), seed, 0), max(1, round(HELD_OUT * len(data)))

@@ -135,11 +135,33 @@ def test_new_experts_of_a_pruned_model(tmp_path):
 
 def test_it_learns_and_keeps_the_best_weights(capsys):
     model = vit()
-    moe_mtl.finetune(model, rooms(64), "all", val=rooms(16), steps=200, lr=3e-3, patience=3)
+    moe_mtl.finetune(model, rooms(64), "all", val=rooms(16), steps=200, lr=3e-3, patience=10)
     found = model.finetuning
     assert found.after["room"]["accuracy"] > 0.9 > found.before["room"]["accuracy"]
     assert found.kept <= found.steps <= 200
     assert "finetune: all" in capsys.readouterr().err
+
+
+def test_all_samples_are_learned_from_where_none_is_to_validate_on():
+    class Noted(list):
+        def __init__(self, rows):
+            super().__init__(rows)
+            self.read = set()
+
+        def __getitem__(self, i):
+            self.read.add(i)
+            return super().__getitem__(i)
+
+    found = {}
+    for val in (None, False):
+        data, model = Noted(rooms(10)), vit()
+        learn, validate = samples_of(model, data, val, 0)
+        assert len(learn) == (10 if val is False else 8) and (validate is None) == (val is False)
+        moe_mtl.finetune(model, data, tasks="room", val=val, **{**FAST, "batch_size": 5, "patience": 1, "lr": 1.0})
+        found[val] = model.finetuning
+        assert data.read == set(range(10))
+    assert found[False].before == {} and (found[False].steps, found[False].kept) == (12, 12)
+    assert found[None].before and found[None].steps < 12  # that rate ends it early
 
 
 def test_low_rank_updates_merge_to_what_they_computed():

@@ -10,6 +10,7 @@ from torch import nn
 
 from moe_mtl import create_model, extract, load, moefy, save
 from moe_mtl.backbones._timm_config import describe_vit, difference, read_vit
+from moe_mtl.inputs import ImageReader
 from moe_mtl.tasks import Task
 
 TASKS = (Task.segmentation("semseg", 4), Task.depth(), Task.classification("scene", 3))
@@ -60,6 +61,14 @@ def test_what_moefy_makes_of_a_timm_model_is_saved(structure, tmp_path):
     assert again.config["args"]["backbone"] == name and again.config["args"]["blocks"] == [-1]
     alone = extract(model, ["scene", "depth"], calibration=[x])
     assert same(alone, load(save(alone, tmp_path / "alone")), x)
+
+
+def test_colours_are_read_as_the_weights_want_them(tmp_path):
+    for name, mean in (("vit_base_patch16_224", 0.5), ("vit_base_patch16_224.mae", 0.485)):
+        model = moefy(backbone(name, {}), TASKS, experts=3, k=1, blocks=[-1], head_width=8)
+        again = load(save(model, tmp_path / name))
+        assert model.config["args"]["backbone"] == name
+        assert [ImageReader.of(one).mean[0] for one in (model, again)] == [mean, mean]
 
 
 @pytest.mark.parametrize(

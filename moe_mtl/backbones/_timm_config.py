@@ -30,18 +30,23 @@ def read_vit(architecture: str, options: Mapping[str, Any]) -> Timm:
 def describe_vit(backbone: Timm) -> dict[str, Any]:
     """What `read_vit` needs to build a timm model again, as plain data: its architecture and options.
 
-    timm records the name only. Options are read off the model where it differs from the plain architecture, and the
+    timm records the name only, and the tag of its weights, which is kept where it is not the architecture's default:
+    the range of colours depends on it. Options are read off the model where it differs from the plain one, and the
     result is compared with it module by module: what is built again must have the same parameters, and compute the
     same of them. Nothing is allocated for it.
 
     Raises:
         ValueError: it cannot be built again; why.
     """
-    architecture = (getattr(backbone, "pretrained_cfg", None) or {}).get("architecture")
+    known = getattr(backbone, "pretrained_cfg", None) or {}
+    architecture = known.get("architecture")
     if not architecture:
         raise ValueError(f"this {type(backbone).__name__} was not made by timm.create_model, which gives it a name")
     try:
         again = _shape(architecture, {})
+        if (tag := known.get("tag")) and tag != again.pretrained_cfg["tag"]:
+            architecture = f"{architecture}.{tag}"
+            again = _shape(architecture, {})
         plain, own = _options(again), _options(backbone)
         if options := {name: value for name, value in own.items() if value != plain.get(name)}:
             again = _shape(architecture, options)
