@@ -92,7 +92,7 @@ class Level(nn.Module):
         positions = tuple(self.streams.index(s) for s in streams)
 
         def route(gate: Gate) -> Routing:
-            return gate.each(x, positions) if read is None else gate(read.flatten(0, 1), positions)
+            return gate.each(x, positions) if read is None else gate(torch.cat(list(read)), positions)
 
         routing = route(self.gate)
         weights = self._columns(routing, needed)

@@ -49,8 +49,8 @@ def add_experts(
     for name, (layer, place) in places.items():
         if not layer.gate.gives_experts or getattr(layer, "own", None) is not None:
             raise ValueError(
-                f"train: tasks share the routers of {name} ({type(layer.gate).__name__}), so none can have experts of "
-                "its own; train 'experts' or 'lora'"
+                f"train: {name} ({type(layer.gate).__name__}) cannot show experts to one task alone, so none can have "
+                "experts of its own; train 'experts' or 'lora'"
             )
         seen = layer.gate.reachable(place)
         seen = [e for e in layer.kept_experts if seen is None or e in seen]

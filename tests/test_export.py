@@ -144,6 +144,7 @@ def of_text(name, **how):
 FAMILIES = {
     "ple_table": lambda: of_table("ple_table"),
     "dselect_k_table": lambda: of_table("dselect_k_table"),
+    "home_table": lambda: of_table("home_table"),
     "text_moe": lambda: of_text("text_moe", experts=3, k=1),
     "text_sublayers": lambda: of_text("text_sublayers"),
     "text_poly": lambda: of_text("text_poly", rank=2, skills=2),

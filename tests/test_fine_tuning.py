@@ -193,7 +193,7 @@ def test_tables(name, train, tmp_path):
     others = of(model, x, ["click", "time"])
     if name == "home_table" and train == "new-experts":
         before = state(model)
-        with pytest.raises(ValueError, match=r"train: tasks share the routers of level\.1"):
+        with pytest.raises(ValueError, match=r"train: level\.1 .* cannot show experts"):
             moe_mtl.finetune(model, table_samples(), train, **FAST)
         assert same(state(model), before)
         return
@@ -314,7 +314,7 @@ def test_models_that_cannot_be_trained_this_way():
         moe_mtl.finetune(alone, rooms(), **FAST)
     moe_mtl.finetune(alone, rooms(), "all", **FAST)
     blind = vit(gate="task_blind")
-    with pytest.raises(ValueError, match="train: tasks share the routers"):
+    with pytest.raises(ValueError, match="train: .* cannot show experts"):
         moe_mtl.finetune(blind, rooms(), "new-experts", **FAST)
     sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 16}
     encoder = transformers.BertModel(transformers.BertConfig(vocab_size=30, **sizes))
