@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from moe_mtl.trainer_config import TrainerConfig
+
 WINDOW = 32  # batches' worth of shuffled samples that are sorted by length together
 
 
@@ -157,6 +159,42 @@ class SourceBatches(Sampler[list[int]]):
         streams = self._streams(1)
         for names in self._drawn(self.batch_size):
             yield [next(streams[name])[0] for name in names]
+
+
+def training_order(train: Any, config: TrainerConfig, tasks: Sequence[str], start: int) -> Sampler[list[int]]:
+    """The order of the training samples of a run.
+
+    Args:
+        train: with or without `sources`, `lengths` and `labelled`.
+        config: of the run: how batches are made, from which seed.
+        tasks: names of those that are trained, which take turns where they alternate.
+        start: batches to skip.
+
+    Raises:
+        ValueError: the order needs to know sources, which the data set does not tell; or what `SourceBatches` refuses.
+    """
+    if config.batches == "shuffled" and not hasattr(train, "lengths"):
+        return ShuffledBatches(len(train), config.batch_size, config.seed, start=start)
+    sources, turns = getattr(train, "sources", None), None
+    if config.batches == "alternating":
+        every, turns = range(len(train)), tasks
+        sources = {name: train.labelled(name) if hasattr(train, "labelled") else every for name in turns}
+    elif config.batches == "shuffled":
+        sources = {"": range(len(train))}
+    elif sources is None:
+        raise ValueError(f"batches: {config.batches!r} needs a data set of several sources; use 'shuffled'")
+    return SourceBatches(
+        sources,
+        config.batch_size,
+        config.seed,
+        start,
+        temperature=config.temperature,
+        mixed=config.batches == "mixed",
+        turns=turns,
+        first=round(config.high_resource_first * config.steps),
+        high=config.high_resource,
+        lengths=getattr(train, "lengths", None),
+    )
 
 
 def in_order(dataset: Any, batch_size: int, limit: int | None = None) -> list[list[int]]:

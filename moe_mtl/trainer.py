@@ -30,23 +30,23 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from moe_mtl import checkpoint as checkpoints
 from moe_mtl import hub, regularizers
 from moe_mtl.balancing import create_balancer
-from moe_mtl.batches import ShuffledBatches, SourceBatches, in_order, one_task_each
+from moe_mtl.batches import in_order, one_task_each, training_order
 from moe_mtl.data import collate, load_tokenizer
-from moe_mtl.diagnostics import BRIEF, ExpertUsage, diagnose
 from moe_mtl.early_stopping import EarlyStopping
 from moe_mtl.gates import Gate
-from moe_mtl.multitask import SingleTaskSet, count_rows, move, task_ids
+from moe_mtl.multitask import SingleTaskSet, count_rows, task_ids
 from moe_mtl.parameter_groups import frozen_statistics, parameter_groups
 from moe_mtl.run_log import RunLog
 from moe_mtl.scoring import TaskMetrics
 from moe_mtl.tasks import Task
 from moe_mtl.trainer_config import FREE_TO_CHANGE, TrainerConfig, lr_factor
 from moe_mtl.two_step import two_step_losses
+from moe_mtl.validation import validate
 
 Batch = dict[str, Any]
 Scalars = dict[str, float]
@@ -152,7 +152,8 @@ class Trainer:
         train = self.data.split("train")
         val = self.data.split("val") if config.eval_every else None
         random_state = None if self.out is None else self._open_run(self.out)
-        loader = iter(self._loader(train, batch_sampler=self._batches(train)))
+        order = training_order(train, config, [task.name for task in self.trained], self.step)
+        loader = iter(self._loader(train, batch_sampler=order))
         if random_state is None:
             set_seed(config.seed)
         else:  # last, so that nothing above has drawn from them
@@ -288,73 +289,17 @@ class Trainer:
         own = getattr(self.model, "auxiliary_losses", None)
         return losses, routings, {} if own is None else own(predictions)
 
-    @torch.no_grad()
     def evaluate(self, dataset: Any) -> dict[str, Any]:
-        """Scores a data set. Leaves all random generators as they were.
+        """Scores a data set: losses, metrics and routing, see `moe_mtl.validation.validate`.
 
-        Returns:
-            loss: {task: its mean over the labels}.
-            metrics: {task: {metric: value}}.
-            routing: {layer: {mutual_information, load_entropy, dead_experts}}, see `moe_mtl.diagnostics.diagnose`;
-                empty for a dense model.
+        All random generators are left as they were.
         """
         before = checkpoints.random_state()
-        metrics, usage = TaskMetrics(self.trained), ExpertUsage.of(self.model)
-        totals: dict[str, list[float]] = {}  # per task its losses, each times its labels, and labels
-        self.parallel.eval()
         order = in_order(dataset, self.config.batch_size, self.config.val_limit)
-        for batch in self._loader(dataset, batch_sampler=order):
-            scored = [task for task in self.trained if task.name in batch]
-            names = [task.name for task in scored]
-            if not names:  # nothing to score
-                continue
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                x = move(batch[self.input], self.device)
-                predictions, routings = self.parallel(x, tasks=names, return_routing=True)
-            predictions = {name: p.float().cpu() for name, p in predictions.items()}
-            for task in scored:
-                if labels := int(task.valid(batch[task.name]).sum()):
-                    total = totals.setdefault(task.name, [0.0, 0])
-                    total[0] += labels * float(task.compute_loss(predictions[task.name], batch[task.name]))
-                    total[1] += labels
-            metrics.update(predictions, batch)
-            usage.update(routings)
+        batches = self._loader(dataset, batch_sampler=order)
+        found = validate(self.model, batches, self.trained, device=self.device, bf16=self.bf16)
         checkpoints.set_random_state(before)
-        layers = {layer: diagnose(shares) for layer, shares in usage.compute().items()}
-        brief = {layer: {name: found[name] for name in BRIEF} for layer, found in layers.items()}
-        losses = {name: total / labels for name, (total, labels) in totals.items()}
-        return {"loss": losses, "metrics": metrics.compute(), "routing": brief}
-
-    def _batches(self, train: Any) -> Sampler[list[int]]:
-        """The order of the training samples, from the present update on.
-
-        Raises:
-            ValueError: the order needs to know sources, which the data set does not tell.
-        """
-        config = self.config
-        if config.batches == "shuffled" and not hasattr(train, "lengths"):
-            return ShuffledBatches(len(train), config.batch_size, config.seed, start=self.step)
-        sources, turns = getattr(train, "sources", None), None
-        if config.batches == "alternating":
-            every = range(len(train))
-            turns = [task.name for task in self.trained]
-            sources = {name: train.labelled(name) if hasattr(train, "labelled") else every for name in turns}
-        elif config.batches == "shuffled":
-            sources = {"": range(len(train))}
-        elif sources is None:
-            raise ValueError(f"batches: {config.batches!r} needs a data set of several sources; use 'shuffled'")
-        return SourceBatches(
-            sources,
-            config.batch_size,
-            config.seed,
-            self.step,
-            temperature=config.temperature,
-            mixed=config.batches == "mixed",
-            turns=turns,
-            first=round(config.high_resource_first * config.steps),
-            high=config.high_resource,
-            lengths=getattr(train, "lengths", None),
-        )
+        return found
 
     def _loader(self, dataset: Any, **how: Any) -> DataLoader:
         # its own generator: else making an iterator would draw from the global one

@@ -314,7 +314,7 @@ def test_models_that_cannot_be_trained_this_way():
         moe_mtl.finetune(alone, rooms(), **FAST)
     moe_mtl.finetune(alone, rooms(), "all", **FAST)
     blind = vit(gate="task_blind")
-    with pytest.raises(ValueError, match="train: .* cannot show experts"):
+    with pytest.raises(ValueError, match=r"train: .* cannot show experts"):
         moe_mtl.finetune(blind, rooms(), "new-experts", **FAST)
     sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 16}
     encoder = transformers.BertModel(transformers.BertConfig(vocab_size=30, **sizes))
