@@ -22,10 +22,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any, Literal, TypeVar, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from moe_mtl.adapters.expert_lora import ExpertLora
 from moe_mtl.diagnostics import expert_usage
+from moe_mtl.multitask import evaluating
 from moe_mtl.new_experts import OnlyNew, add_experts
 from moe_mtl.new_task import FewShot
 from moe_mtl.samples import USAGE, inputs_of, labelled_tasks, samples_of, with_labels
@@ -37,6 +39,8 @@ Train = Literal["router+head", "new-experts", "lora", "experts", "all"]
 Model = TypeVar("Model", bound=nn.Module)
 Scores = dict[str, dict[str, float]]
 
+SEEN = 64  # samples on which the predictions of other tasks are compared
+NOTICED = 1e-4  # less than that is rounding
 SHARED = 0.1  # learning rate of what was trained before and is not a task's own, over that of the rest
 
 
@@ -53,6 +57,8 @@ class FineTuning:
         before: {task: {metric: value}} on the validation samples at the start; empty without such samples.
         after: the same at the end.
         new_experts: ids by task and layer.
+        moved: how far the other tasks' predictions moved on some of the samples, the root of the mean square over the
+            standard deviation there was; by task, 0 where nothing changed.
     """
 
     train: str
@@ -63,6 +69,7 @@ class FineTuning:
     before: Scores = field(default_factory=dict)
     after: Scores = field(default_factory=dict)
     new_experts: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    moved: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         scores = [
@@ -71,7 +78,8 @@ class FineTuning:
             for metric, value in list(metrics.items())[:1]
         ]
         done = f"finetune: {self.train}, {self.trained:,} parameters, {self.steps} updates, best after {self.kept}"
-        return "; ".join([done, *scores])
+        shown = [f"{task} {value:.1%}" for task, value in self.moved.items() if value >= NOTICED]
+        return "; ".join([done, *scores, *([f"other predictions moved: {', '.join(shown)}"] if shown else [])])
 
 
 def finetune(
@@ -127,6 +135,9 @@ def finetune(
     learn, validate = samples_of(tuned, data, val, int(options.get("seed", 0)))
     names = labelled_tasks(tuned, learn, tasks)
     learn = with_labels(learn, names)
+    others = [task.name for task in tuned.tasks if task.name not in names]
+    seen = list(inputs_of(tuned, learn, SEEN)) if others else []
+    was = [_predictions(tuned, x, others) for x in seen]
     backup = copy.deepcopy(model)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
@@ -151,7 +162,8 @@ def finetune(
     for name, p in model.named_parameters():
         p.requires_grad_(flags.get(name, True))
     kept = trainer.step if trainer.early is None else trainer.early.step
-    found = FineTuning(train, tuple(names), trained, trainer.step, kept, before, after, tuning.new)
+    moved = _moved(was, [_predictions(tuned, x, others) for x in seen])
+    found = FineTuning(train, tuple(names), trained, trainer.step, kept, before, after, tuning.new, moved)
     tuned.finetuning = found
     if trainer.config.progress:
         print(found, file=sys.stderr)
@@ -182,6 +194,25 @@ def _config(options: Mapping[str, Any], scales: Mapping[str, float], learn: Any,
     }
     options = {**defaults, **options, "lr_scales": dict(scales)}
     return TrainerConfig(**(options if validate is not None else {**options, "eval_every": 0, "patience": None}))
+
+
+# ---- what other tasks lose ------------------------------------------------------------------------------------------
+
+
+def _predictions(model: Any, x: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    """What some tasks predict, each alone, in evaluation mode."""
+    with evaluating(model):
+        return {name: model(x, tasks=[name])[name].float() for name in names}
+
+
+def _moved(before: Sequence[dict[str, Tensor]], after: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """See `FineTuning.moved`, from predictions by batch."""
+    found = {}
+    for name in before[0] if before else ():
+        was = torch.cat([batch[name].flatten() for batch in before])
+        now = torch.cat([batch[name].flatten() for batch in after])
+        found[name] = float((now - was).square().mean().sqrt() / was.std(correction=0).clamp_min(1e-12))
+    return found
 
 
 # ---- parameters -----------------------------------------------------------------------------------------------------

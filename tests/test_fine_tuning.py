@@ -74,9 +74,14 @@ def test_each_way_trains_what_it_says_and_leaves_a_plain_model(train, tmp_path):
     else:
         assert bool(rest) == (train == "all")
     assert same(of(model, x, pictures.NAMES), others) == (train == "router+head")
+    moved = model.finetuning.moved
+    assert list(moved) == pictures.NAMES and ("other predictions moved" in str(model.finetuning)) != (
+        train in KEEP_OTHERS
+    )
     if train in KEEP_OTHERS:
         for name, y in of(model, x, pictures.NAMES).items():
             torch.testing.assert_close(y, others[name], rtol=1e-5, atol=1e-5)
+    assert (max(moved.values()) == 0) == (train == "router+head") and min(moved.values()) >= 0
     assert all(p.requires_grad for p in model.parameters())
     save(model, tmp_path)
     assert same(of(load(tmp_path), x, ["room", "depth"]), of(model, x, ["room", "depth"]))
@@ -140,6 +145,16 @@ def test_it_learns_and_keeps_the_best_weights(capsys):
     assert found.after["room"]["accuracy"] > 0.9 > found.before["room"]["accuracy"]
     assert found.kept <= found.steps <= 200
     assert "finetune: all" in capsys.readouterr().err
+
+
+def test_how_far_other_tasks_moved_is_told():
+    samples = rooms(10)
+    x, model = torch.stack([sample["image"] for sample in samples]), vit()
+    before = of(model, x, pictures.NAMES)
+    moe_mtl.finetune(model, samples, "all", val=False, **{**FAST, "batch_size": 5})
+    for name, y in of(model, x, pictures.NAMES).items():
+        expected = (y - before[name]).square().mean().sqrt() / before[name].std(correction=0)
+        assert model.finetuning.moved[name] == pytest.approx(float(expected), rel=1e-3) and expected > 1e-3
 
 
 def test_all_samples_are_learned_from_where_none_is_to_validate_on():

@@ -58,7 +58,8 @@ ALLOWED = {
     "new_experts": {"diagnostics", "expert_stack", "multitask", "vector"},
     "new_task": {"diagnostics", "gates", "multitask", "new_experts", "samples", "similarity", "tasks"},
     "fine_tuning": {
-        *("adapters", "diagnostics", "new_experts", "new_task", "samples", "tasks", "trainer", "trainer_config"),
+        *("adapters", "diagnostics", "multitask", "new_experts", "new_task", "samples", "tasks", "trainer"),
+        "trainer_config",
     },
     "hub_mixin": {"hub", "locate", "tasks"},
     "hub": {"folded", "folder_card", "locate", "pretrained", "pruning", "registry", "sparse", "tasks"},
