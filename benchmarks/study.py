@@ -1,8 +1,9 @@
 """Studies: runs that can be stopped and go on, one JSON per run in benchmarks/tables/<study>/ or another folder.
 
-A run is a recipe and a seed under a name. It is done when its JSON is there and was made by the recipe as it stands.
-Of tables the predictions on the test rows lie in runs/tables/, for comparisons that need every row; what is chosen is
-chosen on validation samples, and test samples are scored only where a run asks for it.
+A run is a recipe and a seed under a name. It is done when its JSON is there and was made by the recipe as it stands;
+one that was stopped goes on from its last checkpoint. Of tables the predictions on the test rows lie in runs/tables/,
+for comparisons that need every row; what is chosen is chosen on validation samples, and test samples are scored only
+where a run asks for it.
 """
 
 import json
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
+from moe_mtl import checkpoint
 from moe_mtl.batches import in_order
 from moe_mtl.hub import replace_file
 from moe_mtl.recipes import Recipe
@@ -31,6 +33,7 @@ RESULTS, RUNS = ROOT / "benchmarks" / "tables", ROOT / "runs" / "tables"
 UNCOUNTED = ("out", "progress", "overwrite", "resume", "keep", "save_every", "log_every", "eval_every")
 PLACES = ("root", "tokenizer")  # of data: folders of one machine
 BATCH = 4096
+SAVE = 500  # updates from checkpoint to checkpoint
 TEXTS = 64  # per batch, padded to the longest of them
 # of options that a run older than they are does not mention
 DEFAULTS = {
@@ -86,7 +89,8 @@ def run(
         if same and (not test or ("test" in found and rows)) and (not keep or folder.exists()):
             return found
     data = _DATA.setdefault(repr(recipe.data), recipe.data)
-    config = replace(recipe.trainer, out=str(folder), seed=seed, overwrite=True, progress=False, save_every=10**9)
+    fresh = not unfinished(folder, how, recipe.trainer.steps)
+    config = replace(recipe.trainer, out=str(folder), seed=seed, overwrite=fresh, progress=False, save_every=SAVE)
     set_seed(seed)
     from_data = data.model_args() if hasattr(data, "model_args") else {}
     if build is None:
@@ -95,7 +99,7 @@ def run(
         model = build(data)
     if prepare is not None:
         prepare(model, data)
-    trainer = Trainer(model, data, config)
+    trainer = Trainer(model, data, config, run={"recipe": how})
     model: Any = trainer.fit()
     found = {
         "study": study,
@@ -120,6 +124,14 @@ def run(
     if not keep:
         shutil.rmtree(folder)
     return found
+
+
+def unfinished(folder: Path, how: Mapping[str, Any], steps: int) -> bool:
+    """Whether a folder holds a run of this recipe that has updates left to make."""
+    facts, last = folder / "run.json", checkpoint.latest(folder / "checkpoints")
+    if last is None or not facts.exists() or json.loads(facts.read_text()).get("recipe") != how:
+        return False
+    return checkpoint.read(last).step < steps
 
 
 def defaults(data: Any) -> dict[str, Any]:

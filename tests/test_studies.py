@@ -38,6 +38,38 @@ def test_a_run_is_done_once():
     assert study.run("s", "mmoe", small(lr=0.5), 1, test=True)["parameters"] == -2
 
 
+def test_a_stopped_run_goes_on(monkeypatch):
+    monkeypatch.setattr(study, "SAVE", 2)
+    whole, stopped = study.run("s", "mmoe", small(), 4), []
+
+    def stop(self, on_step=None):
+        def after(step, losses):
+            if step == 3:
+                raise KeyboardInterrupt
+
+        return fit(self, after)
+
+    fit = study.Trainer.fit
+    with monkeypatch.context() as patched:
+        patched.setattr(study.Trainer, "fit", stop)
+        for name, how in (("again", small()), ("other", small(lr=0.5))):
+            with pytest.raises(KeyboardInterrupt):
+                study.run("s", name, how, 4)
+            assert not (study.RESULTS / "s" / f"{name}.s4.json").exists()
+    monkeypatch.setattr(study.Trainer, "_update", count(study.Trainer._update, stopped))
+    assert study.run("s", "again", small(), 4)["val"] == whole["val"] and len(stopped) == 3
+    del stopped[:]
+    assert study.run("s", "other", small(), 4)["val"] == whole["val"] and len(stopped) == 5  # of another recipe
+
+
+def count(function, calls):
+    def counted(*args):
+        calls.append(1)
+        return function(*args)
+
+    return counted
+
+
 def test_predictions_belong_to_the_test_rows():
     found = study.run("s", "mmoe", small(), 2, test=True)
     kept = np.load(study.predictions_file("s", "mmoe", 2))
