@@ -290,7 +290,8 @@ def write_doc(costs: Mapping[str, Any], pruning: Mapping[str, Any]) -> str:
             cells.append(f"{peaks['extracted'] / peaks['full']:.0%} of {peaks['full'] / 2**20:.0f} MiB")
             lines.append(f"| {' | '.join(cells)} |")
     if pruning:
-        lines += ["", "## Pruning m3vit_micro.procroom", "", *pruning_lines(pruning)]
+        lines += ["", "## Pruning m3vit_micro.procroom", "", "![Pruning curves](extraction.png)", ""]
+        lines += pruning_lines(pruning)
     return "\n".join(lines) + "\n"
 
 
@@ -339,6 +340,26 @@ def pruning_lines(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def pruning_figure(found: Mapping[str, Any]) -> Any:
+    """The curves, a panel per task."""
+    from moe_mtl.viz import INK, TITLE, new_figure
+
+    figure = new_figure(9.0, 4.2)
+    panels: Any = figure.subplots(2, 4, sharex=True, sharey=True)
+    for axes, (task, one) in zip(panels.flat, found["tasks"].items(), strict=True):
+        axes.axhspan(-ALLOWED, 0, color="0.92")
+        for by, style in (("usage", {"color": "0.6"}), ("usage, recovered", {"color": INK})):
+            points = [(100.0, 0.0)] + [(100 * p["share"], p["val"]) for p in one["points"] if p["by"] == by]
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=by, **style)
+        axes.set_title(task, **TITLE)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].invert_xaxis()
+    figure.supxlabel("parameters left, % of the extracted model", fontsize=8)
+    figure.supylabel("change of metrics, %, validation", fontsize=8)
+    panels[0, -1].legend(frameon=False, fontsize=7)
+    return figure
+
+
 def main() -> None:
     """Measures, writes the JSON and the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -362,6 +383,8 @@ def main() -> None:
         for name in ("costs", "pruning")
     )
     DOC.write_text(write_doc(costs, pruning))
+    if pruning:
+        pruning_figure(pruning).savefig(DOC.with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":
