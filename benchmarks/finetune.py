@@ -133,7 +133,7 @@ def edges(_: str | None) -> Late:
 
 
 def scene(_: str | None) -> Late:
-    """Kinds of rooms, eight classes, to the same; 200 pictures."""
+    """Kinds of rooms, eight classes, to the same; 200 pictures. Alone it hardly gets going in so many updates."""
     return procroom("scene", {"lr": 3e-3})
 
 
