@@ -32,9 +32,14 @@ def distill(student: Any, teacher: Any, samples: Any, *, steps: int, lr: float) 
 
     Returns:
         What the student's features lack on the first 64 samples, before and after: `difference`.
+
+    Raises:
+        ValueError: nothing of these layers requires gradients.
     """
     layers = student.moe_layers.values()
     learn = list(dict.fromkeys(p for layer in layers for p in layer.parameters() if p.requires_grad))
+    if not learn:
+        raise ValueError("recover: every expert and gate is frozen; model.requires_grad_(True) lets them learn")
     config = TrainerConfig(steps=steps, lr=lr, warmup=steps // 20)
     optimizer = torch.optim.AdamW(learn, lr=lr, weight_decay=0.0)
     student.eval()

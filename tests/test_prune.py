@@ -216,6 +216,8 @@ def test_frozen_gates_stay_and_a_whole_model_has_nothing_to_learn():
     plain, small = (prune(model, "depth", [images()], experts=2, recover=r, updates=3) for r in (None, seen))
     for name, t in state(small).items():
         assert torch.equal(t, state(plain)[name]) != (".experts." in name), name
+    with pytest.raises(ValueError, match="^recover: every expert and gate is frozen"):
+        prune(tiny().requires_grad_(False), "depth", [images()], experts=2, recover=seen, updates=3)
     whole = prune(model, "depth", [images()], budget=1.0, recover=seen)
     assert whole.extraction.updates == 0 and "later" not in str(whole.extraction)
 
@@ -224,8 +226,11 @@ def test_padding_is_no_feature():
     torch.manual_seed(0)
     tasks = (Task.tagging("slots", ["O", "B-x", "I-x"]),)
     model = create_model("text_moe", tasks=tasks, encoder=encoder("bert").config.to_dict(), experts=4, k=1, every=1)
-    small, x = prune(model.eval(), "slots", [texts()], experts=2), texts()
+    for parameter in model.parameters():  # experts start as copies
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    small, x = prune(model.eval(), "slots", [texts()], experts=1), texts()
     expected = difference(small, model, x)
+    assert expected > 1e-3
     longer = {name: torch.nn.functional.pad(t, (0, 3)) for name, t in x.items()}
     torch.testing.assert_close(difference(small, model, longer), expected, rtol=1e-4, atol=1e-6)
 
