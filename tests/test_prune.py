@@ -216,7 +216,7 @@ def test_frozen_gates_stay_and_a_whole_model_has_nothing_to_learn():
     plain, small = (prune(model, "depth", [images()], experts=2, recover=r, updates=3) for r in (None, seen))
     for name, t in state(small).items():
         assert torch.equal(t, state(plain)[name]) != (".experts." in name), name
-    with pytest.raises(ValueError, match="^recover: every expert and gate is frozen"):
+    with pytest.raises(ValueError, match=r"^recover: every expert and gate is frozen"):
         prune(tiny().requires_grad_(False), "depth", [images()], experts=2, recover=seen, updates=3)
     whole = prune(model, "depth", [images()], budget=1.0, recover=seen)
     assert whole.extraction.updates == 0 and "later" not in str(whole.extraction)
