@@ -1,6 +1,7 @@
 """Studies of text models on MiniLM: python benchmarks/text_studies.py STUDY --root=FOLDER [--seeds=0,1] [--only=NAME]
 
     joint      SNIPS, BANKING77, NLU++ and parts of speech in one model, against its dense and single-task controls
+    longer     the same with twice as many updates, for the best two of its models and the single-task ones
     routing    ways to route on SNIPS and BANKING77
     scarce     BANKING77 with few questions beside all of SNIPS
     added      the same two with an unrelated task beside them
@@ -109,6 +110,22 @@ def joint(place: dict[str, str], seed: int) -> Iterator[Job]:
     yield partial(run, "joint", "text_sublayers.weighed", own, seed)
     dense = recipe("text_shared_bottom_nlu", place, WEIGHED, {})
     yield partial(run, "joint", "text_shared_bottom.weighed", dense, seed)
+    yield from alone("joint", made, place, seed)
+
+
+def longer(place: dict[str, str], seed: int) -> Iterator[Job]:
+    """The best models of `joint` and the single-task ones with twice the updates."""
+    often = get_recipe("text_sublayers_nlu").trainer
+    how = {"steps": 2 * often.steps, "warmup": 2 * often.warmup}
+    own = recipe("text_sublayers_nlu", place, WEIGHED, {"blocks": [3, 5]}, **how)
+    yield partial(run, "longer", "text_sublayers.weighed", own, seed)
+    dense = recipe("text_shared_bottom_nlu", place, WEIGHED, {}, **how)
+    yield partial(run, "longer", "text_shared_bottom.weighed", dense, seed)
+    yield from alone("longer", dense, place, seed)
+
+
+def alone(study_name: str, made: Recipe, place: dict[str, str], seed: int) -> Iterator[Job]:
+    """A model per task of a joint run, with as many updates as the run draws its source."""
     split = made.data.split("train")
     drawn = shares([len(rows) for rows in split.sources.values()], made.trainer.temperature)
     found = made.data.read()
@@ -117,8 +134,8 @@ def joint(place: dict[str, str], seed: int) -> Iterator[Job]:
         for task in (task.name for task in found[source].tasks if task.name in made.data.tasks):
             only = {"tasks": [task], "sources": [source]}
             how = {"steps": steps, "warmup": round(share * made.trainer.warmup)}
-            alone = recipe("text_shared_bottom_nlu", place, only, {}, **how)
-            yield partial(run, "joint", f"single_task.{task}", alone, seed)
+            one = recipe("text_shared_bottom_nlu", place, only, {}, **how)
+            yield partial(run, study_name, f"single_task.{task}", one, seed)
 
 
 # name -> recipe, options of the model, model where it is not the recipe's
@@ -290,6 +307,7 @@ def adapter_arrival(place: dict[str, str], seed: int) -> Iterator[Job]:
 
 STUDIES = {
     "joint": joint,
+    "longer": longer,
     "routing": routing_kinds,
     "scarce": scarce,
     "added": added,
