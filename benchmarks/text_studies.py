@@ -117,9 +117,10 @@ def longer(place: dict[str, str], seed: int) -> Iterator[Job]:
     """The best models of `joint` and the single-task ones with twice the updates."""
     often = get_recipe("text_sublayers_nlu").trainer
     how = {"steps": 2 * often.steps, "warmup": 2 * often.warmup}
-    own = recipe("text_sublayers_nlu", place, WEIGHED, {"blocks": [3, 5]}, **how)
+    weighed = {"weights": {**WEIGHED["weights"], "snips_slots": 3.0}}
+    own = recipe("text_sublayers_nlu", place, weighed, {"blocks": [3, 5]}, **how)
     yield partial(run, "longer", "text_sublayers.weighed", own, seed)
-    dense = recipe("text_shared_bottom_nlu", place, WEIGHED, {}, **how)
+    dense = recipe("text_shared_bottom_nlu", place, weighed, {}, **how)
     yield partial(run, "longer", "text_shared_bottom.weighed", dense, seed)
     yield from alone("longer", dense, place, seed)
 

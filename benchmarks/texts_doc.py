@@ -92,7 +92,10 @@ def joint() -> str:
 
 def longer() -> str:
     """The same with twice the updates."""
-    text = "The models that did best above, and single-task models, with twice as many updates each."
+    text = (
+        "The models that did best above, and single-task models, with twice as many updates each. The loss of SNIPS "
+        "slots counts three times in the joint ones, which is better after 1,200 updates on validation texts."
+    )
     return six_tasks("longer", "Six tasks, twice as long", text)
 
 
