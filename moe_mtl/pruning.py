@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from moe_mtl.calibration import grouped, measure
 from moe_mtl.distilling import distill
@@ -46,6 +46,11 @@ class Pruning(Extraction):
     before: Scores = field(default_factory=dict)
     after: Scores = field(default_factory=dict)
     change: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """As in `Extraction`."""
+        return super().from_dict({**data, "lacking": tuple(data.get("lacking", (0.0, 0.0)))})
 
     def summary(self) -> str:
         """What is left and what it cost, a line per task."""

@@ -307,7 +307,8 @@ def test_the_report_of_an_extraction_comes_back(tmp_path):
 
 def test_the_report_of_a_pruning_comes_back(tmp_path):
     held_out = [{"image": x, "depth": torch.rand(x.shape[-2:]) + 1} for x in X]
-    small: Any = moe_mtl.prune(model(), "depth", [X], experts=2, held_out=held_out)
+    how = {"recover": held_out, "updates": 2}
+    small: Any = moe_mtl.prune(model(), "depth", [X], experts=2, held_out=held_out, **how)
     again: Any = hub.load(hub.save(small, tmp_path))
     assert again.extraction == small.extraction and again.extraction.after["depth"] and again.extraction.by == "usage"
 
