@@ -241,8 +241,8 @@ def adapters() -> str:
     """Adapters in a frozen encoder."""
     text = (
         "A frozen encoder on SNIPS and BANKING77, a task per text. One LoRA has the rank that gives it nearly as many "
-        "trained parameters as the inventories of four skills. Methods are trained at two learning rates, the second (fast) "
-        "three times the first, and the validation texts choose; where there is one row, at the first alone. "
+        "trained parameters as the inventories of four skills. Methods are trained at two learning rates, the second "
+        "(fast) three times the first, and the validation texts choose; where there is one row, at the first alone. "
         "scalearn_sources has an adapter per task and shares nothing: the first stage of ScaLearn."
     )
     return plain("adapters", "Adapters in a frozen encoder", text, PAIR, validation=True)
