@@ -36,6 +36,7 @@ from moe_mtl.hub import replace_file
 from moe_mtl.memory import keep_freed_memory
 from moe_mtl.recipes import get_recipe
 from moe_mtl.registry import create_model
+from moe_mtl.samples import input_of
 from moe_mtl.scoring import TaskMetrics
 from moe_mtl.tasks import Task
 from moe_mtl.trainer import Trainer
@@ -237,10 +238,7 @@ def nearness(model: Any, late: Late, few: Any) -> list[str]:
 
 def probe(model: Any, late: Late) -> Any:
     """Inputs of test samples."""
-    split = late.with_new.split("test")
-    rows = list(range(PROBE))
-    batch = split.__getitems__(rows) if hasattr(split, "__getitems__") else [split[i] for i in rows]
-    return collate(batch, [], inputs=(model.input,))[model.input]
+    return input_of(model, late.with_new.split("test"), range(PROBE))
 
 
 @torch.no_grad()

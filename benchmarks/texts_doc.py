@@ -107,7 +107,7 @@ def six_tasks(name: str, title: str, text: str) -> str:
         for run in found.pop(part):
             alone.setdefault(run["seed"], []).append(run)
     models = {**found, "single_task": [together(parts) | {"seed": seed} for seed, parts in sorted(alone.items())]}
-    tasks = [task for task in TASKS if task in next(iter(found.values()))[0]["test"]]
+    tasks = [task for task in TASKS if any(task in run["test"] for runs in models.values() for run in runs)]
     labels = {
         "text_moe": "routed",
         "text_shared_bottom": "shared bottom",
@@ -129,7 +129,7 @@ def six_tasks(name: str, title: str, text: str) -> str:
                      spread(mean, 2), spread(worst, 2)])  # fmt: skip
     head = ["", "M parameters", "minutes of training", *(TASKS[task] for task in tasks), "SNIPS exact match",
             "mean gain over single-task, %", "smallest difference to single-task, points"]  # fmt: skip
-    text += " Seeds: " + ", ".join(str(run["seed"]) for run in next(iter(found.values()))) + "."
+    text += " Seeds: " + ", ".join(map(str, sorted({run["seed"] for runs in models.values() for run in runs}))) + "."
     return "\n".join([*heading(title, text, name), turned(head, rows), *layers(models)])
 
 

@@ -57,8 +57,8 @@ class FineTuning:
         before: {task: {metric: value}} on the validation samples at the start; empty without such samples.
         after: the same at the end.
         new_experts: ids by task and layer.
-        moved: how far the other tasks' predictions moved on some of the samples, the root of the mean square over the
-            standard deviation there was; by task, 0 where nothing changed.
+        moved: how far the other tasks' predictions moved on 64 samples: the root mean square of the change over that of
+            the predictions there were; by task, 0 where nothing changed.
     """
 
     train: str
@@ -211,7 +211,7 @@ def _moved(before: Sequence[dict[str, Tensor]], after: Sequence[dict[str, Tensor
     for name in before[0] if before else ():
         was = torch.cat([batch[name].flatten() for batch in before])
         now = torch.cat([batch[name].flatten() for batch in after])
-        found[name] = float((now - was).square().mean().sqrt() / was.std(correction=0).clamp_min(1e-12))
+        found[name] = float((now - was).norm() / was.norm().clamp_min(1e-12))
     return found
 
 

@@ -92,7 +92,11 @@ class Level(nn.Module):
         positions = tuple(self.streams.index(s) for s in streams)
 
         def route(gate: Gate) -> Routing:
-            return gate.each(x, positions) if read is None else gate(torch.cat(list(read)), positions)
+            if read is None:
+                return gate.each(x, positions)
+            # the strides of a flattened tensor would fix the batch of an exported model; a copy is slower
+            rows = torch.cat(list(read)) if torch.compiler.is_exporting() else read.flatten(0, 1)
+            return gate(rows, positions)
 
         routing = route(self.gate)
         weights = self._columns(routing, needed)

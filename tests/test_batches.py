@@ -1,12 +1,14 @@
 """The order of samples: sources by temperature, in turn or mixed; lengths side by side; resuming by number."""
 
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moe_mtl.batches import ShuffledBatches, SourceBatches, by_length, in_order, one_task_each, shares
+from moe_mtl.batches import ShuffledBatches, SourceBatches, by_length, in_order, one_task_each, shares, training_order
 from moe_mtl.tasks import Task
+from moe_mtl.trainer_config import TrainerConfig
 
 SOURCES = {"big": range(64), "small": range(64, 80)}
 
@@ -88,6 +90,15 @@ def test_mistakes(how, message):
         SourceBatches(**{"sources": {"a": range(3)}, "batch_size": 2, "seed": 0, **how})
     with pytest.raises(ValueError, match="the training set is empty"):
         ShuffledBatches(0, 2, 0)
+
+
+def test_the_order_of_a_run_begins_with_the_sources_it_names():
+    train = SimpleNamespace(sources={"big": range(20), "small": range(20, 24)})
+    how = {"steps": 10, "batch_size": 4, "batches": "homogeneous", "high_resource": ["small"]}
+    for share, count in ((0.0, 0), (0.4, 4)):
+        config = TrainerConfig(**how, high_resource_first=share, temperature=1e-3)  # then the large one alone
+        order = take(training_order(train, config, [], 0), 10)
+        assert [min(rows) >= 20 for rows in order] == [True] * count + [False] * (10 - count)
 
 
 def test_scoring_sees_every_sample_once_in_batches_of_one_source():

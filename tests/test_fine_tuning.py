@@ -10,6 +10,7 @@ from moe_mtl import extract, load, moefy, save
 from moe_mtl.adapters.expert_lora import ExpertLora
 from moe_mtl.data import TextSplit
 from moe_mtl.diagnostics import expert_usage
+from moe_mtl.fine_tuning import _moved
 from moe_mtl.new_experts import OnlyNew, add_experts
 from moe_mtl.samples import samples_of, with_labels
 from moe_mtl.tasks import Task
@@ -153,8 +154,13 @@ def test_how_far_other_tasks_moved_is_told():
     before = of(model, x, pictures.NAMES)
     moe_mtl.finetune(model, samples, "all", val=False, **{**FAST, "batch_size": 5})
     for name, y in of(model, x, pictures.NAMES).items():
-        expected = (y - before[name]).square().mean().sqrt() / before[name].std(correction=0)
+        expected = (y - before[name]).square().mean().sqrt() / before[name].square().mean().sqrt()
         assert model.finetuning.moved[name] == pytest.approx(float(expected), rel=1e-3) and expected > 1e-3
+
+
+def test_predictions_of_one_sample_have_a_size_to_compare_with():
+    before, after = [{"tilt": torch.tensor([2.0])}], [{"tilt": torch.tensor([2.5])}]
+    assert _moved(before, after) == {"tilt": 0.25} and _moved([], []) == {}
 
 
 def test_all_samples_are_learned_from_where_none_is_to_validate_on():
