@@ -6,7 +6,8 @@
     multilabel        {name or id: probability} of the labels at or above the threshold, the likeliest first
     regression        float; a list of them for several values; in the unit of the labels
     tagging           {"words": [n], "tags": [n], "probabilities": [n]}, and where tags are BIO "spans":
-                      [{"label", "text", "start", "stop"}], numbers of words, `stop` excluded
+                      [{"label", "text", "start", "stop"}], numbers of words, `stop` excluded; the tags are then the
+                      likeliest sequence of which every I- continues a span
     segmentation      {"map": int64 [h, w] of class ids, "shares": {name or id: share of the pixels}, largest first}
     depth             float32 [h, w], metres
     normals           float32 [h, w, 3], of length 1
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_mtl.bio import best_tags, is_bio
 from moe_mtl.data._texts import EncodedText
 from moe_mtl.heads import unit
 from moe_mtl.tasks import Task
@@ -66,10 +68,15 @@ def _regression(task: Task, y: Tensor, note: Any, threshold: float) -> float | l
 
 def _tagging(task: Task, y: Tensor, note: EncodedText, threshold: float) -> dict[str, Any]:
     words = _words(note)
-    probabilities, ids = y[:, [word["token"] for word in words]].softmax(dim=0).max(dim=0)
+    y = y[:, [word["token"] for word in words]]
+    parts = [[i for i, word in enumerate(words) if word["part"] == part] for part in (0, 1)]  # spans stay in one
+    ids = y.argmax(dim=0)
+    for rows in parts if is_bio(task.classes) else ():
+        ids[rows] = best_tags(y[None, :, rows], torch.ones(1, len(rows), dtype=torch.bool), task.classes)[0]
+    probabilities = y.softmax(dim=0).gather(0, ids[None])[0]
     tags = [name_of(task, i) for i in ids.tolist()]
     found = {"words": [word["text"] for word in words], "tags": tags, "probabilities": probabilities.tolist()}
-    if task.classes and all(name == "O" or name[:2] in ("B-", "I-") for name in task.classes):
+    if is_bio(task.classes):
         found["spans"] = [_span(note, words, *ends) for ends in _ends(words, tags)]
     return found
 
@@ -93,7 +100,7 @@ def _part(note: EncodedText, part: int) -> str:
 
 
 def _ends(words: Sequence[dict[str, Any]], tags: Sequence[Any]) -> list[tuple[str, int, int]]:
-    """Spans of BIO tags as (label, first word, word after the last); an I- that continues nothing starts one, too."""
+    """Spans of BIO tags as (label, first word, word after the last); an I- of a type without a B- starts one, too."""
     spans: list[tuple[str, int, int]] = []
     for i, tag in enumerate(tags):
         mark, _, label = tag.partition("-")

@@ -129,9 +129,12 @@ class Task:
         return cls._of("regression", name, num_values, "mse", {"rmse": {}, "abs_error": {}}, overrides)
 
     @classmethod
-    def tagging(cls, name: str, classes: Sequence[str], *, metric: str = "span_f1", **overrides: Any) -> "Task":
+    def tagging(
+        cls, name: str, classes: Sequence[str], *, metric: str = "constrained_span_f1", **overrides: Any
+    ) -> "Task":
         """One of these tags per token: spans written as BIO tags, or parts of speech (`metric="accuracy"`)."""
-        metrics = {metric: {}} if metric == "accuracy" else {metric: {}, "accuracy": {}}
+        names = ["accuracy"] if metric == "accuracy" else dict.fromkeys([metric, "span_f1", "accuracy"])
+        metrics = {name: {} for name in names}
         return cls._of("tagging", name, len(classes), "cross_entropy", metrics, {"classes": classes, **overrides})
 
     @classmethod

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from moe_mtl.answers import answer
 from moe_mtl.data._texts import EncodedText
@@ -49,11 +50,12 @@ def test_maps_have_the_size_of_the_picture():
 
 
 def tagged(text, tags, words, parts, offsets):
-    """The answer for tokens with these tags, marks at both ends."""
+    """The answer for tokens with these tags, marks at both ends; where an I- tag cannot stand, B- is next."""
     classes = ["O", "B-x", "I-x", "B-y", "I-y"]
     note = EncodedText(text, {}, [None, *words, None], [None, *parts, None], [(0, 0), *offsets, (0, 0)])
     ids = torch.tensor([0, *(classes.index(tag) for tag in tags), 0])
-    y = torch.nn.functional.one_hot(ids, 5).T.float() * 20
+    begins = torch.tensor([0, 1, 1, 3, 3])[ids]
+    y = torch.maximum(*(scale * F.one_hot(i, 5).T for i, scale in ((ids, 20.0), (begins, 8.0))))
     return answer(Task.tagging("t", classes), y, note)
 
 
@@ -68,8 +70,10 @@ def test_spans_of_a_string_are_cut_out_of_it():
 def test_where_spans_end():
     words, at = ["a", "b", "c", "d", "e", "f"], [(0, 1)] * 6
     found = tagged(words, ["I-x", "I-x", "B-x", "I-y", "O", "I-y"], range(6), [0] * 6, at)
+    assert found["tags"] == ["B-x", "I-x", "B-x", "B-y", "O", "B-y"]  # an I- continues a span, or is not taken
+    assert found["probabilities"] == [pytest.approx(p, abs=1e-4) for p in (0, 1, 1, 0, 1, 0)]  # of the tag that is
     assert [(s["label"], s["text"], s["start"], s["stop"]) for s in found["spans"]] == [
-        ("x", "a b", 0, 2),  # an I- that continues nothing starts a span
+        ("x", "a b", 0, 2),
         ("x", "c", 2, 3),
         ("y", "d", 3, 4),  # of another label
         ("y", "f", 5, 6),  # after a gap
@@ -78,7 +82,15 @@ def test_where_spans_end():
 
 def test_no_span_goes_over_from_one_text_of_a_pair_to_the_other():
     found = tagged(("ab", "cd"), ["B-x", "I-x"], [0, 0], [0, 1], [(0, 2), (0, 2)])
-    assert found["words"] == ["ab", "cd"] and [s["text"] for s in found["spans"]] == ["ab", "cd"]
+    assert found["words"] == ["ab", "cd"] and found["tags"] == ["B-x", "B-x"]
+    assert [s["text"] for s in found["spans"]] == ["ab", "cd"]
+
+
+def test_types_without_a_b_tag_start_anywhere():
+    note = EncodedText(["a", "b", "c"], {}, [0, 1, 2], [0] * 3, [(0, 1)] * 3)
+    y = F.one_hot(torch.tensor([1, 1, 2]), 3).T.float()
+    found = answer(Task.tagging("t", ["O", "I-x", "I-y"]), y, note)
+    assert [(s["label"], s["text"]) for s in found["spans"]] == [("x", "a b"), ("y", "c")]
 
 
 def test_tags_that_are_no_spans_give_none():

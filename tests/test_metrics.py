@@ -8,6 +8,7 @@ import pytest
 import torch
 from torchmetrics.utilities import dim_zero_cat
 
+from moe_mtl.bio import best_tags
 from moe_mtl.metrics import (
     ANGLE_BIN,
     METRICS,
@@ -58,7 +59,8 @@ def make_target(task: Task, b: int = 24, size: int = 12) -> torch.Tensor:
         case "regression":
             return torch.rand(b) + 1.0
         case "tagging":
-            return torch.randint(0, task.channels, (b, size))
+            logits = torch.randn(b, task.channels, size)
+            return best_tags(logits, torch.ones(b, size, dtype=torch.bool), task.classes)
         case "segmentation":
             return torch.randint(0, task.channels, (b, *hw))
         case "depth":

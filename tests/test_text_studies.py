@@ -109,7 +109,7 @@ def test_exact_match_wants_intent_and_every_slot():
             return {"text": None, "snips_intent": torch.tensor([1, 1, 0]), "snips_slots": tags}
 
     class Model:
-        input, tasks = "text", (Task.binary("a"),)
+        input, tasks = "text", (Task.tagging("snips_slots", ["I-x", "B-x"]),)
 
         def __call__(self, x, tasks):
             slots = torch.zeros(3, 2, 3)
@@ -117,4 +117,24 @@ def test_exact_match_wants_intent_and_every_slot():
             slots[2, 1, 2] = 1.0  # and a wrong one in the last
             return {"snips_intent": torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]), "snips_slots": slots}
 
-    assert text_studies.exact_match(Model(), Split()) == pytest.approx(1 / 3)
+    for decode in text_studies.DECODERS.values():
+        assert text_studies.exact_match(Model(), Split(), decode) == pytest.approx(1 / 3)
+
+
+def test_exact_match_of_a_sequence_that_is_one_of_spans():
+    class Split:
+        def __init__(self):
+            self.sources = {"snips": range(1)}
+
+        def __getitems__(self, rows):
+            return {"text": None, "snips_intent": torch.tensor([0]), "snips_slots": torch.tensor([[1, 2]])}
+
+    class Model:
+        input, tasks = "text", (Task.tagging("snips_slots", ["O", "B-x", "I-x"]),)
+
+        def __call__(self, x, tasks):
+            slots = torch.tensor([[[1.0, 0.0], [0.9, 0.0], [0.0, 1.0]]])  # O I-x one by one, B-x I-x as spans
+            return {"snips_intent": torch.zeros(1, 2), "snips_slots": slots}
+
+    found = {name: text_studies.exact_match(Model(), Split(), decode) for name, decode in text_studies.DECODERS.items()}
+    assert found == {"constrained_exact_match": 1.0, "exact_match": 0.0}

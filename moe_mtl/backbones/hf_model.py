@@ -230,7 +230,10 @@ class MoeMtlForSequenceClassification(_OneTask):
 
 
 class MoeMtlForTokenClassification(_OneTask):
-    """One tagging task."""
+    """One tagging task.
+
+    Pipelines of transformers take the best tag of each token; `moe_mtl.bio.best_tags` of the logits are spans for sure.
+    """
 
     def forward(
         self,

@@ -163,7 +163,7 @@ def _task(name: str, kind: str, values: Sequence[Any]) -> Task:
     tags = {tag for labels in lists for tag in labels}
     spans = "O" in tags and all(tag == "O" or tag[:2] in ("B-", "I-") for tag in tags)
     return Task.tagging(
-        name, bio_classes(list(tags)) if spans else sorted(tags), metric="span_f1" if spans else "accuracy"
+        name, bio_classes(list(tags)) if spans else sorted(tags), metric="constrained_span_f1" if spans else "accuracy"
     )
 
 

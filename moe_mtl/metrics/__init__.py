@@ -28,7 +28,7 @@ from moe_mtl.metrics.dense import (
     dilate,
 )
 from moe_mtl.metrics.ranking import AUC, AveragePrecision, GroupedAUC
-from moe_mtl.metrics.texts import MicroF1, SpanF1
+from moe_mtl.metrics.texts import ConstrainedSpanF1, MicroF1, SpanF1
 from moe_mtl.metrics.values import R2, RMSE, AbsError, Accuracy, BinaryAccuracy, Delta1, LogLoss, RelError
 from moe_mtl.tasks import Task, nearest
 
@@ -44,6 +44,7 @@ __all__ = [
     "AngleMedian",
     "AveragePrecision",
     "BinaryAccuracy",
+    "ConstrainedSpanF1",
     "Delta1",
     "EdgeF",
     "GroupedAUC",
@@ -126,6 +127,7 @@ METRICS: dict[str, MetricInfo] = {
     "accuracy": _info(Accuracy, "share", "classification", "tagging"),
     "binary_accuracy": _info(BinaryAccuracy, "share", "binary", "multilabel", "binary_map"),
     "micro_f1": _info(MicroF1, "share", "binary", "multilabel"),
+    "constrained_span_f1": _info(ConstrainedSpanF1, "share", "tagging", given=_tags),
     "span_f1": _info(SpanF1, "share", "tagging", given=_tags),
     "log_loss": _info(LogLoss, "nat", "binary", "classification", "multilabel", given=_labels),
     "auc": _info(AUC, "", "binary", "classification", "multilabel", given=_one_score),

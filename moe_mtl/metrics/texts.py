@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moe_mtl.bio import best_tags
 from moe_mtl.metrics._summed import Summed, ratio
 
 
@@ -32,16 +33,20 @@ class SpanF1(Summed):
         odd = [tag for tag in classes if tag != "O" and tag[1:2] != "-"]
         if odd or not classes:
             raise ValueError(
-                f"classes: span_f1 needs the BIO tags of the task, such as O, B-city and I-city; got {odd}"
+                f"classes: span F1 needs the BIO tags of the task, such as O, B-city and I-city; got {odd}"
             )
         self.classes = list(classes)
         self.add_sums("correct", "predicted", "labelled", dtype=torch.int64)
+
+    def decode(self, prediction: Tensor, valid: Tensor) -> Tensor:
+        """The tags [b n] that logits [b c n] stand for: of each token the best."""
+        return prediction.argmax(dim=1)
 
     def update(self, prediction: Tensor, target: Tensor, valid: Tensor) -> None:
         """Adds logits [b c n] against ids [b n]."""
         from seqeval.metrics.sequence_labeling import get_entities
 
-        best = prediction.argmax(dim=1).cpu()
+        best = self.decode(prediction, valid).cpu()
         for guess, truth, labelled in zip(best, target.cpu(), valid.cpu(), strict=True):
             found, known = (
                 set(get_entities([self.classes[tag] for tag in tags[labelled].tolist()])) for tags in (guess, truth)
@@ -53,6 +58,17 @@ class SpanF1(Summed):
     def compute(self) -> Tensor:
         """F1 so far: 2 correct / (predicted + labelled)."""
         return ratio(2 * self.correct, self.predicted + self.labelled)
+
+
+class ConstrainedSpanF1(SpanF1):
+    """F1 of spans as `span_f1`, of the likeliest sequence in which every I- tag continues a span (`moe_mtl.bio`).
+
+    What a `Predictor` answers. `span_f1` of the same logits says what the best tags one by one are worth.
+    """
+
+    def decode(self, prediction: Tensor, valid: Tensor) -> Tensor:
+        """The tags [b n] that logits [b c n] stand for: the likeliest sequence that is one of spans."""
+        return best_tags(prediction, valid, self.classes)
 
 
 class MicroF1(Summed):
