@@ -62,17 +62,20 @@ def by_length(rows: Sequence[int], batch_size: int, seed: int, lengths: Sequence
     """Endless batches of some samples, epoch after epoch, texts of like length together.
 
     Windows of shuffled samples are sorted by length, cut into batches, and these shuffled; an incomplete batch at the
-    end of an epoch is filled up with the beginning of the next.
+    end of an epoch is filled up with the beginning of the next. Of fewer samples than a window holds, a window is an
+    epoch: several in one would sort the copies of a sample side by side, into one batch.
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
+    least = batch_size * (WINDOW if len(rows) >= WINDOW * batch_size else 1)
     window: list[int] = []
     while True:
-        while len(window) < WINDOW * batch_size:
+        while len(window) < least:
             window += [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
-        now, window = window[: WINDOW * batch_size], window[WINDOW * batch_size :]
+        batches = min(WINDOW, len(window) // batch_size)
+        now, window = window[: batches * batch_size], window[batches * batch_size :]
         if lengths is not None:
             now.sort(key=lambda i: lengths[i])
-        for at in torch.randperm(WINDOW, generator=generator).tolist():
+        for at in torch.randperm(batches, generator=generator).tolist():
             yield now[at * batch_size : (at + 1) * batch_size]
 
 

@@ -63,6 +63,21 @@ def test_every_sample_comes_once_an_epoch():
     assert sorted(rows) == sorted([*range(64)] * 2)
 
 
+@pytest.mark.parametrize("count", [32, 40, 77, 385, 1030])
+def test_copies_of_a_sample_do_not_share_a_batch(count):
+    lengths = [5 + 7 * i % 40 for i in range(count)]
+    batches = list(islice(by_length(range(count), 32, 0, lengths), 200))
+    assert all(max(batch.count(row) for row in batch) <= 2 for batch in batches)  # two where an epoch ends
+    distinct = sum(len(set(batch)) for batch in batches) / (32 * len(batches))
+    assert distinct > (0.75 if count < 64 else 0.83 if count < 100 else 0.95)
+    times = [sum(batch.count(row) for batch in batches) for row in range(count)]
+    assert max(times) - min(times) <= 2
+
+
+def test_fewer_samples_than_a_batch_fill_it():
+    assert [sorted(batch) for batch in islice(by_length(range(3), 6, 0, [3, 1, 2]), 2)] == [[0, 0, 1, 1, 2, 2]] * 2
+
+
 def test_texts_of_like_length_share_a_batch():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 100, (640,), generator=generator).tolist()
