@@ -124,7 +124,8 @@ def joint(place: dict[str, str], seed: int) -> Iterator[Job]:
     made = recipe("text_moe_nlu", place, {}, {})
     yield partial(run, "joint", "text_moe", made, seed)
     yield partial(run, "joint", "text_shared_bottom", recipe("text_shared_bottom_nlu", place, {}, {}), seed)
-    own = recipe("text_sublayers_nlu", place, WEIGHED, {"blocks": [3, 5]})
+    often = made.trainer
+    own = recipe("text_sublayers_nlu", place, WEIGHED, {}, steps=often.steps, warmup=often.warmup)
     yield partial(run, "joint", "text_sublayers.weighed", own, seed)
     dense = recipe("text_shared_bottom_nlu", place, WEIGHED, {})
     yield partial(run, "joint", "text_shared_bottom.weighed", dense, seed)
@@ -133,12 +134,10 @@ def joint(place: dict[str, str], seed: int) -> Iterator[Job]:
 
 def longer(place: dict[str, str], seed: int) -> Iterator[Job]:
     """The best models of `joint` and the single-task ones with twice the updates."""
-    often = get_recipe("text_sublayers_nlu").trainer
-    how = {"steps": 2 * often.steps, "warmup": 2 * often.warmup}
-    weighed = {"weights": {**WEIGHED["weights"], "snips_slots": 3.0}}
-    own = recipe("text_sublayers_nlu", place, weighed, {"blocks": [3, 5]}, **how)
+    own = recipe("text_sublayers_nlu", place, {}, {})
     yield partial(run, "longer", "text_sublayers.weighed", own, seed)
-    dense = recipe("text_shared_bottom_nlu", place, weighed, {}, **how)
+    how = {"steps": own.trainer.steps, "warmup": own.trainer.warmup}
+    dense = recipe("text_shared_bottom_nlu", place, {"weights": own.data.weights}, {}, **how)
     yield partial(run, "longer", "text_shared_bottom.weighed", dense, seed)
     yield from alone("longer", dense, place, seed)
 

@@ -70,10 +70,10 @@ def named(task: str, metric: str | None) -> str:
     return TASKS[task] + F1.get(metric or "", "")
 
 
-def headline(run: Run, task: str, split: str = "test") -> float:
-    """The first metric of a task, in percent; NaN where the run has none."""
+def headline(run: Run, task: str, split: str = "test", metric: str | None = None) -> float:
+    """A metric of a task, its first when None, in percent; NaN where the run has none."""
     scores = run.get(split, {}).get(task)
-    return float("nan") if scores is None else 100 * next(iter(scores.values()))
+    return float("nan") if scores is None else 100 * scores[metric or next(iter(scores))]
 
 
 def scores(runs: Sequence[Run], tasks: Sequence[str], split: str = "test") -> list[str]:
@@ -156,7 +156,7 @@ def six_tasks(name: str, title: str, text: str) -> str:
         ]
         mean, worst = zip(*gains, strict=True) if gains else ((float("nan"),), (float("nan"),))
         minutes = f"{runs[0]['seconds'] / 60:.0f}"
-        unconstrained = [spread([100 * run["test"][task]["span_f1"] for run in runs], 2) for task in plain]
+        unconstrained = [spread([headline(run, task, metric="span_f1") for run in runs], 2) for task in plain]
         rows.append([labels.get(model, model), size, minutes, *scores(runs, tasks), *(exact(runs, key) for key in ways),
                      spread(mean, 2), spread(worst, 2), *unconstrained])  # fmt: skip
     head = ["", "M parameters", "minutes of training", *(named(task, metric_of(everything, task)) for task in tasks),

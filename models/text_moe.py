@@ -45,7 +45,7 @@ class TextMoEConfig(TextConfig):
         experts: experts per bank.
         k: experts used per token; None for the gate's default.
         every: experts go into every `every`-th layer.
-        blocks: the layers that get experts, instead of `every`.
+        blocks: the layers that get experts, instead of `every`; negative numbers count from the end.
         hidden: "copy" or "split".
     """
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_mtl.bio import best_tags, is_bio
-from moe_mtl.data._texts import EncodedText
+from moe_mtl.data._tokens import EncodedText
 from moe_mtl.heads import unit
 from moe_mtl.tasks import Task
 
@@ -91,8 +91,17 @@ def _words(note: EncodedText) -> list[dict[str, Any]]:
         start, stop = note.offsets[token]
         word = words.setdefault(key, {"token": token, "part": part, "start": start})
         word["stop"] = stop
-        word["text"] = note.text[number] if isinstance(note.text, list) else _part(note, part)[word["start"] : stop]
-    return list(words.values())
+    if isinstance(note.text, list):
+        return [word | {"text": note.text[number]} for (_, number), word in words.items()]
+    trimmed = [_trim(note, word) for word in words.values()]
+    return [word for word in trimmed if word["text"]]
+
+
+def _trim(note: EncodedText, word: dict[str, Any]) -> dict[str, Any]:
+    """A word with its text, without the white space some tokenizers count to it."""
+    text = _part(note, word["part"])[word["start"] : word["stop"]]
+    start = word["start"] + len(text) - len(text.lstrip())
+    return word | {"text": text.strip(), "start": start, "stop": start + len(text.strip())}
 
 
 def _part(note: EncodedText, part: int) -> str:

@@ -19,7 +19,6 @@ import copy
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -33,7 +32,7 @@ from moe_mtl.new_task import FewShot
 from moe_mtl.samples import USAGE, inputs_of, labelled_tasks, samples_of, with_labels
 from moe_mtl.tasks import nearest
 from moe_mtl.trainer import Trainer
-from moe_mtl.trainer_config import TrainerConfig
+from moe_mtl.trainer_config import TrainerConfig, matches
 
 Train = Literal["router+head", "new-experts", "lora", "experts", "all"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -275,13 +274,13 @@ class _Tuning:
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         learn = named if self.train == "all" else {n: p for n, p in named.items() if p in self.own | self.shared | new}
         for pattern in given or {}:
-            if not any(fnmatch(name, pattern) for name in named):
+            if not any(matches(name, pattern) for name in named):
                 raise ValueError(f"lr_scales: {pattern!r} matches no parameter; they are named as {min(named)}")
         own = self.own if self.train != "all" else {p for task in self.model.tasks for p in self._own(task.name)}
         found = {"*": 0.0}
         for name, p in learn.items():
             default = 1.0 if p in own or p in new else SHARED
-            matching = [factor for pattern, factor in (given or {}).items() if fnmatch(name, pattern)]
+            matching = [factor for pattern, factor in (given or {}).items() if matches(name, pattern)]
             found[name] = [default, *matching][-1]
         return found
 

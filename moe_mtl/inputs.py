@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from moe_mtl.columns import Column, of_kind, read_columns
 from moe_mtl.data import encode_rows, to_image
-from moe_mtl.data._texts import EncodedText, encode_texts, load_tokenizer, pad_batch
+from moe_mtl.data._texts import pad_batch
+from moe_mtl.data._tokens import EncodedText, encode_texts, load_tokenizer
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -100,19 +100,24 @@ def present_ids(x: Tensor, ids: Tensor, count: int) -> list[int]:
     return present
 
 
+def as_dict(x: Any) -> Any:
+    """An input with a plain dict in the place of any other mapping, such as what a tokenizer returns."""
+    return x if isinstance(x, Tensor) or type(x) is dict or not isinstance(x, Mapping) else dict(x)
+
+
 def select_rows(x: Any, rows: Tensor) -> Any:
-    """Some of the samples of an input: a tensor [b, ...] or a dict of them."""
-    return tree_map(lambda t: t[rows.to(t.device)], x)
+    """Some of the samples of an input: a tensor [b, ...] or a mapping of them."""
+    return tree_map(lambda t: t[rows.to(t.device)], as_dict(x))
 
 
 def count_rows(x: Any) -> int:
-    """How many samples an input has: a tensor [b, ...] or a dict of them."""
-    return tree_leaves(x)[0].shape[0]  # len() would fix the number of rows in an exported model
+    """How many samples an input has: a tensor [b, ...] or a mapping of them."""
+    return tree_leaves(as_dict(x))[0].shape[0]  # len() would fix the number of rows in an exported model
 
 
 def move(x: Any, device: torch.device | str) -> Any:
-    """An input on a device: a tensor or a dict of them."""
-    return tree_map(lambda t: t.to(device), x)
+    """An input on a device: a tensor or a mapping of them."""
+    return tree_map(lambda t: t.to(device), as_dict(x))
 
 
 @contextmanager
@@ -192,6 +197,7 @@ class MultiTaskModel(HubModel, nn.Module):
         Raises:
             ValueError: unknown tasks, ids out of range or not one per sample, or images of the wrong shape or dtype.
         """
+        x = as_dict(x)
         if isinstance(tasks, Tensor):
             predictions, routings = self._forward_per_sample(x, tasks)
         else:
@@ -384,7 +390,7 @@ class SingleTaskSet(HubModel, nn.Module):
 
     def forward(self, x: Any, tasks: Sequence[str] | Tensor | None = None, return_routing: bool = False):
         """As `MultiTaskModel.forward`; layers are keyed `task/layer`."""
-        predictions, routings = {}, {}
+        x, predictions, routings = as_dict(x), {}, {}
         if isinstance(tasks, Tensor):
             for i in present_ids(tree_leaves(x)[0], tasks, len(self.tasks)):
                 name, rows = self.tasks[i].name, (tasks == i).nonzero().flatten()

@@ -1,11 +1,10 @@
 """Which parameters of a model learn, how fast, and with what weight decay."""
 
-from fnmatch import fnmatch
 from typing import Any
 
 from torch import nn
 
-from moe_mtl.trainer_config import TrainerConfig
+from moe_mtl.trainer_config import TrainerConfig, matches
 
 
 def decays(model: nn.Module) -> dict[str, bool]:
@@ -39,11 +38,11 @@ def parameter_groups(model: nn.Module, config: TrainerConfig) -> list[dict[str, 
     for pattern, factor in config.lr_scales.items():
         if not factor >= 0:
             raise ValueError(f"lr_scales: got {factor} for {pattern!r}, expected at least 0, which freezes")
-        if not any(fnmatch(name, pattern) for name in decayed):
+        if not any(matches(name, pattern) for name in decayed):
             raise ValueError(f"lr_scales: {pattern!r} matches no trainable parameter; they are named as {min(decayed)}")
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name in sorted(decayed, key=decayed.__getitem__, reverse=True):  # stable: the model's order within each
-        scale = [1.0, *(factor for pattern, factor in config.lr_scales.items() if fnmatch(name, pattern))][-1]
+        scale = [1.0, *(factor for pattern, factor in config.lr_scales.items() if matches(name, pattern))][-1]
         if scale:
             groups.setdefault((decayed[name], scale), []).append(parameters[name])
         else:

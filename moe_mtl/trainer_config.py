@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from typing import Any, Literal
 
 
@@ -25,8 +26,8 @@ class TrainerConfig:
             al. 2023, https://arxiv.org/abs/2312.06134.
         high_resource: names of these sources; the largest when empty.
         lr: peak learning rate of AdamW.
-        lr_scales: factors on it for the parameters whose name matches a wildcard, such as {"backbone.*": 0.1}; of
-            several that match the last counts. 0 freezes them.
+        lr_scales: factors on it for the parameters whose name matches a wildcard, such as {"backbone.*": 0.1}, or one
+            of several: "*.gate.*|heads.*"; of several factors the last counts. 0 freezes them.
         lr_final: learning rate at the end, as a fraction of the peak.
         warmup: updates over which the learning rate rises linearly.
         weight_decay: decoupled decay of weight matrices; biases, norms, embeddings and balancers get none.
@@ -155,3 +156,8 @@ def lr_factor(step: int, config: TrainerConfig) -> float:
         return (step + 1) / config.warmup
     progress = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
     return config.lr_final + (1 - config.lr_final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether the name of a parameter matches a wildcard, or one of several with a | between them: see `lr_scales`."""
+    return any(fnmatch(name, one) for one in pattern.split("|"))

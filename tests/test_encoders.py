@@ -8,6 +8,7 @@ import transformers
 
 from moe_mtl import extract, moefy
 from moe_mtl.backbones import TextModel
+from moe_mtl.backbones.hf_encoder import describe_encoder, moefy_encoder, read_encoder
 from moe_mtl.diagnostics import expert_usage
 from moe_mtl.gates import GATES
 from moe_mtl.regularizers import total
@@ -196,11 +197,69 @@ def test_texts_that_do_not_fit_are_refused(x, message):
         routed()(x)
 
 
+HEADED = {
+    "bert_classes": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES)),
+    "bert_words": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)),
+    "modernbert": lambda: transformers.ModernBertForTokenClassification(
+        transformers.ModernBertConfig(**SIZES, **MODERN)
+    ),
+    "t5": lambda: transformers.T5ForTokenClassification(transformers.T5Config(**T5)),
+}
+
+
+@pytest.mark.parametrize("kind", HEADED)
+def test_of_a_model_with_a_head_the_encoder_is_taken(kind, capsys):
+    torch.manual_seed(0)
+    dense, x = HEADED[kind]().eval().double(), texts()
+    model = moefy(dense, TASKS, experts=4, k=2).eval()
+    with torch.no_grad():
+        expected = dense.base_model(**x).last_hidden_state
+    real = x["attention_mask"].bool()
+    for found in hidden(model, x):
+        torch.testing.assert_close(found[real], expected[real], rtol=1e-9, atol=1e-9)
+    before = sum(p.numel() for p in dense.base_model.parameters()) / 1e6
+    assert f"backbone parameters {before:.3f} M ->" in capsys.readouterr().err
+    again = read_encoder(describe_encoder(model.backbone))  # what a saved model is built from
+    assert type(again) is type(dense.base_model)
+
+
+@pytest.mark.parametrize("buckets", [4, -1])
+def test_relative_positions_do_not_end(buckets):
+    how = {**SIZES, **DEBERTA, "max_position_embeddings": 8, "position_buckets": buckets}
+    x = texts(2, 20)
+    for biased in (False, True):
+        dense = transformers.DebertaV2Model(transformers.DebertaV2Config(**how, position_biased_input=biased)).eval()
+        model = moefy(dense, TASKS, experts=4, k=2).eval()
+        if biased:
+            with pytest.raises(ValueError, match="got texts of 20 tokens, the encoder has 8 positions"):
+                model(x)
+        else:
+            with torch.no_grad():
+                expected = dense(**x).last_hidden_state
+            real = x["attention_mask"].bool()
+            torch.testing.assert_close(hidden(model, x)[0][real], expected[real], rtol=1e-4, atol=1e-5)
+
+
+def test_encoders_whose_layers_see_other_tokens_are_refused():
+    windows = transformers.LongformerConfig(**SIZES, attention_window=4)
+    with pytest.raises(
+        ValueError, match="backbone: LongformerModel pads texts by itself, which experts would take for"
+    ):
+        moefy(transformers.LongformerModel(windows), TASKS)
+    chunked = transformers.BertConfig(**SIZES, chunk_size_feed_forward=1)
+    with pytest.raises(ValueError, match="backbone: chunk_size_feed_forward is 1, but experts need all tokens"):
+        moefy(transformers.BertModel(chunked), TASKS)
+    dense = moefy_encoder(transformers.BertModel(chunked), TASKS, None)  # nothing is routed
+    assert dense(texts())["spam"].shape == (3,)
+
+
 def test_encoders_that_are_none_are_refused():
     with pytest.raises(ValueError, match="backbone: GPT2Model is not an encoder this adapter knows"):
         moefy(transformers.GPT2Model(transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20)), TASKS)
     with pytest.raises(ValueError, match="backbone: T5Model is not an encoder"):
         moefy(transformers.T5Model(transformers.T5Config(**T5)), TASKS)
+    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration is not an encoder .* T5EncoderModel"):
+        moefy(transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)), TASKS)
     with pytest.raises(ValueError, match="is not one of gelu"):
         moefy(transformers.BertModel(transformers.BertConfig(**SIZES, hidden_act="gelu_new")), TASKS)
     with pytest.raises(ValueError, match="tasks: 'map' is of kind depth; for texts"):

@@ -1,6 +1,9 @@
 """Text models as models of transformers: round trips, pipelines, its Trainer, accelerate, the hub."""
 
 import copy
+import inspect
+import math
+from collections import UserDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,6 +168,133 @@ def test_trainer_of_transformers_trains_all_tasks(tmp_path, folder):
     read = transformers.AutoModel.from_pretrained(tmp_path / "out" / "checkpoint-6")
     with torch.no_grad():
         same(read(**texts()).predictions, wrapped.eval()(**texts()).predictions)
+
+
+def rows_of(folder, count=16):
+    """Rows as a user of transformers makes them, not all with all labels, and what pads them."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    rows = [
+        {
+            **tokenizer(("play rome", "sing it be in the", "weather")[i % 3]),
+            "intent": -100 if i == 5 else i % 3,
+            "score": math.nan if i == 3 else i / 4,
+            "spam": i % 2,
+            "topics": [1.0, float(i % 2)],
+            "note": "no column of the model",
+        }
+        for i in range(count)
+    ]
+    return rows, transformers.DataCollatorWithPadding(tokenizer)
+
+
+def trainer_of(wrapped, out, rows, collator, **how):
+    how = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "seed": 1, **how}
+    args = transformers.TrainingArguments(output_dir=str(out), **how)
+    return transformers.Trainer(wrapped, args, train_dataset=rows, eval_dataset=rows[:6], data_collator=collator)
+
+
+def test_trainer_needs_no_options(tmp_path, folder, model):
+    rows, collator = rows_of(folder)
+    wrapped = to_transformers(copy.deepcopy(model))
+    trainer = trainer_of(wrapped, tmp_path, rows, collator, max_steps=4, learning_rate=1e-2, logging_steps=1)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+    batch = collator([{key: value for key, value in row.items() if key != "note"} for row in rows[:6]])
+    with torch.no_grad():
+        out = wrapped.eval()(**batch)
+    assert list(out.predictions) == ["intent", "score", "spam", "topics"]  # tags of words came with no labels
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(out.loss.item(), rel=1e-4)
+    found = trainer.predict(rows[:6])
+    assert found.predictions["topics"].shape == (6, 2)
+    named = trainer_of(wrapped, tmp_path, rows, collator, label_names=["intent", "spam"])
+    assert [labels.shape for labels in named.predict(rows[:6]).label_ids] == [(6,), (6,)]
+    assert wrapped(**batch, return_loss=False).loss is None
+
+
+def test_forward_names_the_tasks_of_the_model_it_is_of(model):
+    wrapped = MoeMtlModel.of(model)
+    names = list(inspect.signature(wrapped.forward).parameters)
+    assert names[:3] == ["input_ids", "attention_mask", "token_type_ids"] and names[-1] == "targets"
+    assert {task.name for task in TASKS} < set(names)
+    assert not {task.name for task in TASKS} & set(inspect.signature(MoeMtlModel.forward).parameters)
+    odd = create_model("text_shared_bottom", tasks=[Task.binary("class"), Task.binary("tasks")], encoder=TINY)
+    assert "class" not in inspect.signature(MoeMtlModel.of(odd).forward).parameters  # no name of a parameter
+    twin = copy.deepcopy(wrapped)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert not twin(**texts()).predictions["intent"].any() and wrapped(**texts()).predictions["intent"].any()
+
+
+TINY = {"model_type": "bert", "vocab_size": 120, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY |= {"intermediate_size": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+class Gradients(transformers.TrainerCallback):
+    """Keeps the gradients an update is made of."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **how):
+        self.found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("tasks", [["spam", "topics"], ["spam"]])
+def test_gradients_do_not_grow_with_the_steps_they_are_accumulated_over(tmp_path, folder, tasks):
+    torch.manual_seed(0)
+    rows, collator = rows_of(folder)
+    rows = [{"labels" if tasks == [key] else key: value for key, value in row.items()} for row in rows]
+    known = [task for task in TASKS if task.name in tasks]
+    made = create_model("text_moe", tasks=known, encoder=TINY, gate="softmax", k=2, experts=2)
+    found = []
+    for size, steps in ((16, 1), (4, 4)):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        trainer = trainer_of(
+            to_transformers(made), tmp_path, rows, collator, learning_rate=0.0, max_grad_norm=0, **sizes
+        )
+        trainer.add_callback(gradients := Gradients())
+        trainer.train()
+        found.append(gradients.found)
+    assert found[0] and any(gradient.abs().max() > 1e-3 for gradient in found[0])
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
+
+
+DTYPES = {"none": {}, "auto": {"dtype": "auto"}, "bf16": {"dtype": torch.bfloat16}, "fp16": {"dtype": torch.float16}}
+
+
+@pytest.mark.parametrize("asked", DTYPES)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_precision_is_what_models_of_transformers_have(asked, stored, tmp_path, model):
+    bert = transformers.BertModel(transformers.BertConfig(**{k: v for k, v in TINY.items() if k != "model_type"}))
+    bert.to(stored).save_pretrained(tmp_path / "bert")
+    expected = transformers.AutoModel.from_pretrained(tmp_path / "bert", **DTYPES[asked]).dtype
+    to_transformers(copy.deepcopy(model).to(stored)).save_pretrained(tmp_path / "ours")
+    read = transformers.AutoModel.from_pretrained(tmp_path / "ours", **DTYPES[asked])
+    assert {p.dtype for p in (*read.parameters(), *read.buffers()) if p.is_floating_point()} == {expected}
+    assert read.dtype == expected and all(torch.isfinite(p).all() for p in read.parameters())
+    with torch.no_grad():
+        assert {p.dtype for p in read(**texts()).predictions.values()} == {expected}
+
+
+@pytest.mark.parametrize("name", ["text_moe", "text_single_task", "text_prompt", "text_lora"])
+def test_what_a_tokenizer_returns_is_an_input(name, folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    found = tokenizer(["play rome", "sing it be in"], padding=True, return_tensors="pt")
+    made, plain = shaken(create_model(name, tasks=TASKS[:2], encoder=folder)), dict(found)
+    ids = torch.tensor([1, 0])
+    for x in (found, UserDict(plain)):
+        same(made(x), made(plain))
+        same(made(x, tasks=["slots"]), made(plain, tasks=["slots"]))
+        for task, (rows, prediction) in made(plain, tasks=ids).items():
+            torch.testing.assert_close(made(x, tasks=ids)[task], (rows, prediction), atol=0, rtol=0)
+        same(extract(made, "intent")(x), extract(made, "intent")(plain))
+    if name == "text_moe":
+        small = extract(made, "intent", calibration=[found])
+        assert small.extraction.layers["layer.1"].tokens == int(plain["attention_mask"].sum())
+        assert moe_mtl.prune(made, "intent", [found], mass=0.5)(found)["intent"].shape == (2, 3)
+
+
+def test_word_embeddings_are_those_of_the_encoder(model):
+    assert MoeMtlModel.of(model).get_input_embeddings() is model.backbone.embeddings.word_embeddings
 
 
 def test_accelerate_prepares_it(model):

@@ -19,9 +19,11 @@ from moe_mtl.data import DATASETS
 from moe_mtl.data._frames import TableData
 from moe_mtl.data._texts import TextData
 from moe_mtl.data.procroom import ProcRoom
+from moe_mtl.parameter_groups import parameter_groups
 from moe_mtl.recipes import RECIPES, get_recipe, list_recipes
 from moe_mtl.tasks import Task, nearest
 from moe_mtl.trainer_config import TrainerConfig
+from tests.test_encoders import ENCODERS, encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 ENCODER = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2}
@@ -62,6 +64,33 @@ def test_a_recipe_is_complete(name):
     ending = "procroom" if name == "procroom_demo" else name.rpartition("_")[2]
     (data,) = [kind for kind in DATASETS if ending in kind.split("_") or ending == kind]
     assert type(recipe.data) is DATASETS[data]
+
+
+TEXT_RECIPES = [name for name in RECIPES if name.startswith("text_") and name.endswith("_nlu")]
+TUNED = [name for name in TEXT_RECIPES if name != "text_prompt_nlu"]  # whose encoder is frozen
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("name", TUNED)
+def test_recipes_of_texts_take_every_encoder_and_leave_its_word_embeddings(name, kind):
+    recipe, tasks = get_recipe(name), [Task.binary("a"), Task.tagging("b", ["O", "B-c"])]
+    config = encoder(kind).config.to_dict()
+    model = moe_mtl.create_model(recipe.model.name, tasks=tasks, encoder=config, **recipe.model.args)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameter_groups(model, recipe.trainer)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    words = {"modernbert": "tok_embeddings", "t5": "shared", "t5_gated": "shared"}.get(kind, "word_embeddings")
+    assert trained - learning == {name for name in trained if name.endswith(f".{words}.weight")} != set()
+
+
+def test_experts_of_texts_go_into_late_layers_of_encoders_that_have_them():
+    recipe, tasks = get_recipe("text_moe_nlu"), [Task.binary("a")]
+    for count, chosen in ((6, ["layer.3", "layer.5"]), (3, ["layer.0", "layer.2"])):
+        sized = {**ENCODER, "num_hidden_layers": count}
+        model = moe_mtl.create_model("text_moe", tasks=tasks, encoder=sized, **recipe.model.args)
+        assert list(model.moe_layers) == chosen
+    with pytest.raises(ValueError, match=r"blocks: got \[-3, -1\], .* from -2 to 1: the backbone has 2 blocks"):
+        moe_mtl.create_model("text_moe", tasks=tasks, encoder={**ENCODER, "num_hidden_layers": 2}, **recipe.model.args)
 
 
 def test_runs_do_not_share_a_folder():

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from moe_mtl.data import Banking77, NLUMix, NLUpp, Snips, TextFiles, TextSplit, UDEnglishEWT
+from moe_mtl.data import Banking77, NLUMix, NLUpp, Snips, TextFiles, TextSplit, UDEnglishEWT, pad_batch
 from moe_mtl.data.nlupp import fold_numbers, tag_words
 from moe_mtl.tasks import Task
 from tests.text_cases import save_encoder, write_all, write_banking77, write_ewt, write_nlupp, write_snips
@@ -177,7 +177,7 @@ def test_a_folder_of_splits_and_pairs(tmp_path, encoder):
 
 @pytest.mark.parametrize("options, message", [
     ({"text": "c"}, "columns: .* has no column 'c'; "),
-    ({"labels": "kind:regression"}, "labels: label 'x' of task 'kind' is no number"),
+    ({"labels": "kind:regression"}, r"rows.json\[0\]: label 'x' of task 'kind' is no number; leave the field empty"),
     ({"labels": "kind:clasification"}, "'kind' has the unknown kind 'clasification'; did you mean 'classification'"),
     ({"labels": "score:binary"}, r"rows.json\[0\]: label 1.5 of the binary task 'score' is neither 0 nor 1"),
     ({"root": "absent.csv"}, "root: absent.csv is neither a file nor a folder"),
@@ -262,6 +262,32 @@ def test_batches_are_padded_and_what_is_missing_is_marked(tokenizer):
     assert (batch["slots"] >= 0).sum(dim=1).tolist() == [2, 0] and batch["intent"].tolist() == [-100, 1]
 
 
+def test_samples_of_ones_own_make_a_batch(tokenizer):
+    slots, intent = Task.tagging("slots", ["O", "B-x"]), Task.classification("intent", 2)
+    first, second = tokenizer("play"), tokenizer("play what is new")  # lists, as a tokenizer writes them
+    count = len(second["input_ids"])
+    rows = [{"text": first, "slots": None, "intent": 1}, {"text": dict(second), "slots": [-100, 1, *[0] * (count - 2)]}]
+    batch = pad_batch(rows, [slots, intent], pad_id=7)
+    assert batch["text"]["input_ids"].tolist() == [first["input_ids"] + [7] * (count - 3), second["input_ids"]]
+    assert batch["slots"].tolist() == [[-100] * count, rows[1]["slots"]] and batch["intent"].tolist() == [1, -100]
+    assert set(pad_batch([{"text": first, "slots": None}], [slots])) == {"text"}
+
+
+def test_samples_that_are_no_tokens_or_have_tags_for_others(tokenizer):
+    slots, text = Task.tagging("slots", ["O", "B-x"]), dict(tokenizer("play", return_tensors="pt"))
+    one = {key: value[0] for key, value in text.items()}
+    for sample, message in [
+        ({"text": "play"}, r"samples\[1\]\['text'\]: got str, expected what a tokenizer makes of one text"),
+        ({}, r"samples\[1\]\['text'\]: got NoneType"),
+        ({"text": text}, r"samples\[1\]\['text'\]: got \{'input_ids': \[1, 3\]"),
+        ({"text": {"input_ids": one["input_ids"]}}, r"samples\[1\]\['text'\]: holds \['input_ids'\], samples\[0\]"),
+        ({"text": one, "slots": [0, 1, 0, 1, 0]}, r"samples\[1\]\['slots'\]: got tags of shape \[5\] for 3 tokens"),
+        ({"text": one, "slots": torch.tensor([1])}, r"samples\[1\]\['slots'\]: got tags of shape \[1\] for 3 tokens"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pad_batch([{"text": one}, sample], [slots])
+
+
 def test_a_cut_text_keeps_its_end_mark_and_the_tags_that_are_left(tokenizer):
     slots = Task.tagging("slots", ["O", "B-x"])
     row = {"text": ["play"] * 20, "slots": [0, 1] * 10}
@@ -275,7 +301,7 @@ def test_a_cut_text_keeps_its_end_mark_and_the_tags_that_are_left(tokenizer):
 
 def test_real_files(data_root, encoder):
     data = NLUMix(root=str(data_root), tokenizer=encoder)
-    sizes = {name: {s: len(t.splits[s]) for s in t.splits} for name, t in data._found().items()}
+    sizes = {name: {s: len(t.splits[s]) for s in t.splits} for name, t in data._found.items()}
     assert sizes == {
         "snips": {"train": 13084, "val": 700, "test": 700},
         "banking77": {"train": 9002, "val": 1001, "test": 3080},
@@ -284,7 +310,7 @@ def test_real_files(data_root, encoder):
     }
     channels = {task.name: task.channels for task in data.task_list()}
     assert channels["banking77"] == 77 and channels["nlupp_intents"] == 62 and channels["upos"] == 17
-    words = [len(row["upos"]) for row in data._found()["ud_english_ewt"].splits["test"]]
+    words = [len(row["upos"]) for row in data._found["ud_english_ewt"].splits["test"]]
     assert sum(words) == 25_094
 
 

@@ -45,8 +45,8 @@ def moefy(
         gradient at equal experts; tasks, routers per task and "split" are not in the paper.
 
     Args:
-        backbone: a timm ViT or an encoder of transformers, such as a `BertModel`; it is copied, not changed. A
-            classifier is dropped.
+        backbone: a timm ViT or an encoder of transformers, such as a `BertModel`; it is copied, not changed. What a
+            classifier or another head adds to it is dropped.
         tasks: what the new model predicts; each gets a fresh head.
         gate: a name in `moe_mtl.gates.GATES`.
         experts: experts per bank.
@@ -67,7 +67,9 @@ def moefy(
     tasks, backbone = check_tasks(tasks), copy.deepcopy(backbone)
     make = ExpertMaker(len(tasks), gate=gate, experts=experts, k=k, hidden=hidden, gate_args=gate_args)
     of_transformers = hasattr(getattr(backbone, "config", None), "model_type")
-    if not of_transformers and hasattr(backbone, "reset_classifier"):
+    if of_transformers:
+        backbone = getattr(backbone, "base_model", backbone)
+    elif hasattr(backbone, "reset_classifier"):
         backbone.reset_classifier(0)
     before = sum(p.numel() for p in backbone.parameters())
     model: Any

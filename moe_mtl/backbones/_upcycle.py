@@ -123,7 +123,10 @@ def chosen_blocks(count: int, every: int, blocks: Sequence[int] | None) -> list[
         return list(range(every - 1, count, every))
     chosen = sorted({i + count if i < 0 else i for i in blocks})
     if not chosen or chosen[0] < 0 or chosen[-1] >= count:
-        raise ValueError(f"blocks: got {list(blocks)}, expected block numbers from {-count} to {count - 1}")
+        raise ValueError(
+            f"blocks: got {list(blocks)}, expected block numbers from {-count} to {count - 1}: the backbone has "
+            f"{count} blocks"
+        )
     return chosen
 
 
@@ -146,7 +149,8 @@ def detached(w: Tensor | None) -> Tensor | None:
 
 
 def activation_of(act: Callable[[Tensor], Tensor]) -> str | None:
-    probe = torch.linspace(-4, 4, 33)  # told by what it computes: timm has several classes for one function
+    # told by what it computes: timm has several classes for one function
+    probe = torch.linspace(-4, 4, 33, dtype=torch.float32)
     with torch.no_grad():
         y = act(probe.clone())
     for name in ("gelu", "silu", "relu"):

@@ -60,12 +60,14 @@ def moefy_encoder(
     shared by all tasks.
 
     Raises:
-        ValueError: a structure this adapter does not know, a kind of task that is not one of a whole text, or layer
-            numbers out of range.
+        ValueError: a structure this adapter does not know, one whose layers see other tokens than those of the texts, a
+            kind of task that is not one of a whole text, or layer numbers out of range.
     """
     for task in tasks:
         check_kind(task)
     context, layers = TaskContext(), find_layers(backbone)
+    if make is not None:
+        check_tokens(backbone, layers)
     if isinstance(getattr(backbone, "pooler", None), nn.Module):
         backbone.pooler = None  # no head reads it: it would never get a gradient
     stacked = False
@@ -241,16 +243,38 @@ def find_layers(backbone: Encoder) -> list[nn.Module]:
             return list(module)
     raise ValueError(
         f"backbone: {type(backbone).__name__} is not an encoder this adapter knows: expected layers with intermediate "
-        "and output (BERT and its kin), ffn (DistilBERT), mlp.Wi and mlp.Wo (ModernBERT) or DenseReluDense (T5 encoder)"
+        "and output (BERT and its kin), ffn (DistilBERT), mlp.Wi and mlp.Wo (ModernBERT) or DenseReluDense (of T5 the "
+        "encoder alone, T5EncoderModel)"
     )
+
+
+def check_tokens(backbone: Encoder, layers: Sequence[Any]) -> None:
+    """Refuses an encoder whose feed-forward networks do not get the tokens of the texts, all of them at once.
+
+    Raises:
+        ValueError: it pads texts by itself, or cuts them into chunks.
+    """
+    if any(name.startswith("_pad_to_") for name in dir(type(backbone))):
+        raise ValueError(
+            f"backbone: {type(backbone).__name__} pads texts by itself, which experts would take for tokens; pass an "
+            "encoder that computes with the tokens it is given, such as RoBERTa"
+        )
+    for layer in layers:
+        if size := getattr(layer, "chunk_size_feed_forward", 0):
+            raise ValueError(
+                f"backbone: chunk_size_feed_forward is {size}, but experts need all tokens of a text at once; build "
+                "the encoder with 0, which computes the same"
+            )
 
 
 def count_positions(backbone: Encoder) -> int | None:
     """The longest text of an encoder, in tokens; None where its positions do not end."""
     longest = getattr(backbone.config, "max_position_embeddings", None)
-    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", longest)
+    if longest is None or table is None:  # DeBERTa's may be relative ones alone
+        return None
     start = getattr(table, "padding_idx", None)
-    return longest if longest is None or start is None else longest - start - 1  # RoBERTa counts from there
+    return longest if start is None else longest - start - 1  # RoBERTa counts from there
 
 
 def find_feed_forward(layer: Any) -> FeedForward | None:

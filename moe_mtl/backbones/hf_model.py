@@ -6,14 +6,27 @@
     transformers.pipeline("text-classification", model=one, tokenizer=tokenizer)("play jazz")
 
 `import moe_mtl.backbones.hf_model` registers the classes; AutoModel.from_pretrained("folder") works after it.
+
+transformers' Trainer takes all tasks at once: rows have a column per task beside what the tokenizer writes, and -100 or
+NaN in it where there is no label.
+
+    rows = [{**tokenizer("play jazz"), "intent": 2, "rating": 4.5}, {**tokenizer("hi"), "intent": 0, "rating": nan}]
+    Trainer(shared, args, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer))
+
+Tags of words need a collator that pads them, which transformers has for a single task alone. `compute_metrics` gets the
+labels that `TrainingArguments(label_names=["intent", "rating"])` names. The loss is that of the tasks; regularizers
+that balance experts are left to `moe_mtl.trainer`. Activation checkpointing is refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import Parameter, signature
+from keyword import iskeyword
+from types import MethodType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -87,7 +100,8 @@ def build(config: MoeMtlConfig) -> TextModel:
     experts = dict(config.experts or {})
     where = {name: experts.pop(name, None) for name in ("every", "blocks")} if experts else {}
     make = ExpertMaker(len(config.task_specs), **experts) if experts else None
-    model = moefy_encoder(read_encoder(config.encoder), config.tasks, make, **where)
+    encoder = {**config.encoder, "dtype": torch.get_default_dtype()}  # `from_pretrained` sets what it is asked for
+    model = moefy_encoder(read_encoder(encoder), config.tasks, make, **where)
     for name, ids in config.kept_experts.items():
         model.moe_layers[name].keep_experts(ids)
     fold_layers(model, config.folded)
@@ -113,6 +127,7 @@ class MoeMtlPreTrainedModel(PreTrainedModel):
     config_class = MoeMtlConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    accepts_loss_kwargs = False  # losses are means: Trainer is to divide them by the steps it accumulates
     model: TextModel
 
     def __init__(self, config: MoeMtlConfig):
@@ -124,6 +139,11 @@ class MoeMtlPreTrainedModel(PreTrainedModel):
         self.post_init()
         # its own look goes no deeper than children that are models of transformers
         self.all_tied_weights_keys |= self.get_expanded_tied_weights_keys(all_submodels=True)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The encoder's word embeddings."""
+        encoder: Any = self.model.backbone
+        return encoder.get_input_embeddings()
 
     def _init_weights(self, module: Any) -> None:
         """Nothing: what is not the encoder's, which has a method of its own, was initialised by its constructor."""
@@ -161,16 +181,50 @@ class MoeMtlPreTrainedModel(PreTrainedModel):
         return self.model({key: value for key, value in inputs.items() if value is not None}, tasks=tasks)
 
 
+def _loss(task: Task, prediction: Tensor, labels: Tensor) -> Tensor:
+    """The loss of a task with labels as collators of transformers make them: of any dtype, one number in a row."""
+    labels = labels if task.kind in ("classification", "tagging") else labels.float()
+    return task.compute_loss(prediction, labels.view_as(prediction) if task.is_scalar else labels)
+
+
+class _NamingTasks:
+    """Decorator of a `forward` that takes labels by name: that of a model has its tasks among the parameters.
+
+    Trainer drops the columns that are none. On the class it stays the function it is.
+    """
+
+    def __init__(self, forward: Callable[..., Any]):
+        self.forward, self.signature = forward, signature(forward)
+
+    def __get__(self, model: Any, owner: Any = None) -> Callable[..., Any]:
+        """The function, or the method of a model."""
+        if model is None:
+            return self.forward
+        run, known = self.forward, self.signature.parameters
+        names = [spec["name"] for spec in model.config.task_specs]
+        own = [Parameter(n, Parameter.KEYWORD_ONLY, default=None) for n in names if n not in known and not iskeyword(n)]
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return run(self, *args, **kwargs)
+
+        *first, targets = known.values()
+        forward.__doc__ = run.__doc__
+        forward.__signature__ = self.signature.replace(parameters=[*first, *own, targets])  # type: ignore[attr-defined]
+        return MethodType(forward, model)
+
+
 class MoeMtlModel(MoeMtlPreTrainedModel):
     """All tasks: labels come, and predictions go, under the names of the tasks."""
 
-    def forward(
+    @_NamingTasks
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         tasks: Sequence[str] | None = None,
-        **labels: Any,
+        return_loss: bool = True,
+        **targets: Any,
     ) -> MultiTaskOutput:
         """Predictions of some tasks, and the loss where labels are given.
 
@@ -179,17 +233,22 @@ class MoeMtlModel(MoeMtlPreTrainedModel):
             attention_mask: [b, n], 0 for padding.
             token_type_ids: [b, n], where the encoder has them.
             tasks: names of the tasks to run; None for those with labels, or all without any.
-            **labels: per task, as in `moe_mtl.tasks`.
+            return_loss: False leaves the loss out.
+            **targets: labels per task, as in `moe_mtl.tasks`; other names are left out.
 
         Raises:
             ValueError: an unknown task, or inputs that do not fit the encoder.
         """
         known = {task.name: task for task in self.model.tasks}
-        given = {name: value for name, value in labels.items() if name in known and value is not None}
+        given = {name: value for name, value in targets.items() if name in known and value is not None}
         task_ids(self.model.tasks, tasks or list(known))
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         predictions = self._predict(tasks or list(given) or None, inputs)
-        losses = [known[n].weight * known[n].compute_loss(predictions[n], given[n]) for n in given if n in predictions]
+        losses = [
+            known[name].weight * _loss(known[name], predictions[name], value)
+            for name, value in given.items()
+            if return_loss and name in predictions
+        ]
         return MultiTaskOutput(loss=torch.stack(losses).sum() if losses else None, predictions=predictions)
 
 
@@ -205,10 +264,7 @@ class _OneTask(MoeMtlPreTrainedModel):
     def _run(self, labels: Tensor | None, **inputs: Tensor | None) -> tuple[Tensor | None, Tensor]:
         (task,) = self.model.tasks
         prediction = self._predict(None, inputs)[task.name]
-        if labels is None:
-            return None, prediction
-        labels = labels if task.kind in ("classification", "tagging") else labels.float()
-        return task.compute_loss(prediction, labels.view_as(prediction) if task.is_scalar else labels), prediction
+        return None if labels is None else _loss(task, prediction, labels), prediction
 
 
 class MoeMtlForSequenceClassification(_OneTask):

@@ -13,7 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moe_mtl.data._frames import encode_rows
-from moe_mtl.data._texts import TextSplit, load_tokenizer, pad_batch
+from moe_mtl.data._texts import TextSplit, pad_batch
+from moe_mtl.data._tokens import load_tokenizer
 from moe_mtl.data.collate import collate, to_image
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What data sets of texts share: reading labels, tokens cached once, batches padded to their longest text.
+"""What data sets of texts share: tokens and labels, made once, and batches padded to their longest text.
 
 A reader gives texts as they come: a string, a pair of strings, or a list of words with a tag per word. `TextSplit`
 makes tokens of them and puts each tag on the first token of its word; the other tokens carry no label.
@@ -6,21 +6,20 @@ makes tokens of them and puts each tag on the first token of its word; the other
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from moe_mtl.data._reading import TextError
+from moe_mtl.data._tokens import EncodedText, Tokenizer, encode_texts, encoder_positions, load_tokenizer
 from moe_mtl.data.collate import collate
 from moe_mtl.tasks import Task, nearest
 
 SPLITS = ("train", "val", "test")
-Tokenizer = Any  # one of transformers: called with texts, gives their ids
-
-
-class TextError(ValueError):
-    """A text or a label that cannot be used; the message names file, line and remedy."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +38,14 @@ class Texts:
 
 @dataclass(frozen=True, kw_only=True)
 class TextData:
-    """Options every data set of texts has.
+    """Options every data set of texts has. Its files are read once; another instance reads them again.
 
     Attributes:
         root: where it lies.
         tokenizer: folder, or name on the hub, of the tokenizer; it must be that of the encoder.
-        max_length: tokens per text at most.
-        truncate: cut longer texts; their words beyond the cut carry no label. False refuses them.
+        max_length: tokens per text at most; fewer where the encoder beside the tokenizer takes fewer.
+        truncate: cut longer texts, of a pair the longer one first; their words beyond the cut carry no label. False
+            refuses them.
         tasks: names of the tasks to use; all when empty.
         limit: use only so many training samples of each source, drawn at random, the same ones every time and among
             those of any larger limit; all when None.
@@ -67,7 +67,7 @@ class TextData:
 
     def task_list(self) -> tuple[Task, ...]:
         """The tasks, in the order of their sources."""
-        found = [task for texts in self._found().values() for task in texts.tasks]
+        found = [task for texts in self._found.values() for task in texts.tasks]
         for name in self.weights:
             if name not in [task.name for task in found]:
                 raise ValueError(f"weights: unknown task {name!r}; {nearest(name, [task.name for task in found])}")
@@ -81,12 +81,19 @@ class TextData:
         """
         if name not in SPLITS:
             raise ValueError(f"split: got {name!r}, expected {', '.join(SPLITS)}")
-        found = self._found()
+        found = self._found
         samples = {source: texts.splits.get(name, []) for source, texts in found.items()}
         if name == "train":
             samples = {source: _draw(rows, self.limit_of(source)) for source, rows in samples.items()}
         tokenizer = load_tokenizer(self.tokenizer)
-        return TextSplit(samples, self.task_list(), tokenizer, max_length=self.max_length, truncate=self.truncate)
+        return TextSplit(
+            samples,
+            self.task_list(),
+            tokenizer,
+            max_length=self.max_length,
+            truncate=self.truncate,
+            positions=encoder_positions(str(self.tokenizer), tokenizer),
+        )
 
     def limit_of(self, source: str) -> int | None:
         """How many training samples of a source are used at most; None for all."""
@@ -96,25 +103,19 @@ class TextData:
         """Options a model of texts takes from the data: the encoder that lies beside the tokenizer."""
         return {} if self.tokenizer is None else {"encoder": self.tokenizer}
 
+    @cached_property
     def _found(self) -> dict[str, Texts]:
-        found = _CACHE.get(repr(self))
-        if found is None:
-            if self.root is None:
-                raise ValueError(f"root: say where {type(self).__name__} lies, as --data.root=FOLDER")
-            found = self.read()
-            known = [task.name for texts in found.values() for task in texts.tasks]
-            for wanted in self.tasks:
-                if wanted not in known:
-                    raise ValueError(f"tasks: {type(self).__name__} has no {wanted!r}; {nearest(wanted, known)}")
-            if self.tasks:
-                kept = {source: _only(texts, self.tasks) for source, texts in found.items()}
-                found = {source: texts for source, texts in kept.items() if texts.tasks}
-            _CACHE.clear()
-            _CACHE[repr(self)] = found
-        return found
-
-
-_CACHE: dict[str, dict[str, Texts]] = {}  # what the newest data set read: its tasks and splits are asked for in turn
+        if self.root is None:
+            raise ValueError(f"root: say where {type(self).__name__} lies, as --data.root=FOLDER")
+        found = self.read()
+        known = [task.name for texts in found.values() for task in texts.tasks]
+        for wanted in self.tasks:
+            if wanted not in known:
+                raise ValueError(f"tasks: {type(self).__name__} has no {wanted!r}; {nearest(wanted, known)}")
+        if not self.tasks:
+            return found
+        kept = {source: _only(texts, self.tasks) for source, texts in found.items()}
+        return {source: texts for source, texts in kept.items() if texts.tasks}
 
 
 def _draw(rows: list[dict[str, Any]], count: int | None) -> list[dict[str, Any]]:
@@ -128,23 +129,6 @@ def _only(texts: Texts, names: Sequence[str]) -> Texts:
     return Texts(tuple(task for task in texts.tasks if task.name in names), texts.splits)
 
 
-def load_tokenizer(name: str | None) -> Tokenizer:
-    """A tokenizer of transformers.
-
-    Raises:
-        ValueError: none is named, or it has no fast version, which knows which word a token belongs to.
-        OSError: there is none of that name.
-    """
-    from transformers import AutoTokenizer
-
-    if name is None:
-        raise ValueError("tokenizer: name the folder of the encoder and its tokenizer, as --data.tokenizer=FOLDER")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if not tokenizer.is_fast:
-        raise ValueError(f"tokenizer: {name} has no tokenizer.json; tags of words need a fast tokenizer")
-    return tokenizer
-
-
 class TextSplit(Dataset):
     """Texts as tokens, with labels, by number; lists of numbers give a padded batch.
 
@@ -156,7 +140,8 @@ class TextSplit(Dataset):
         tasks: which labels to take.
         tokenizer: of transformers, a fast one.
         max_length: tokens per text at most.
-        truncate: cut longer texts rather than refuse them.
+        truncate: cut longer texts rather than refuse them, of a pair the longer one first.
+        positions: tokens the encoder takes; None where there is no end to it.
 
     Attributes:
         lengths: tokens per sample.
@@ -174,14 +159,20 @@ class TextSplit(Dataset):
         *,
         max_length: int = 512,
         truncate: bool = False,
+        positions: int | None = None,
     ):
+        advice = "raise max_length (--data.max_length), up to the encoder's positions, or pass --data.truncate=true"
+        if positions is not None and positions <= max_length:
+            max_length = positions
+            advice = "the encoder has no more positions; shorten the text, or pass --data.truncate=true"
+        how: dict[str, Any] = {"max_length": max_length, "truncate": truncate, "advice": advice}
         per_source = dict(samples) if isinstance(samples, Mapping) else {"texts": samples}
         self.tasks, self.pad_id = tuple(tasks), tokenizer.pad_token_id or 0
         self._rows: list[dict[str, Any]] = []
         self.sources: dict[str, range] = {}
         for source, texts in per_source.items():
             start = len(self._rows)
-            self._rows += _encode(source, texts, self.tasks, tokenizer, max_length, truncate)
+            self._rows += _encode(source, texts, self.tasks, tokenizer, how)
             self.sources[source] = range(start, len(self._rows))
         self.lengths = [len(row["text"]["input_ids"]) for row in self._rows]
 
@@ -201,29 +192,53 @@ class TextSplit(Dataset):
 
 
 def pad_batch(samples: Sequence[Mapping[str, Any]], tasks: Sequence[Task], pad_id: int = 0) -> dict[str, Any]:
-    """Samples of `TextSplit` as one batch, padded on the right to the longest text.
+    """Samples of `TextSplit`, or alike, as one batch, padded on the right to the longest text.
 
     Args:
-        samples: of different lengths.
+        samples: of different lengths: what a tokenizer makes of one text under "text", each entry [n], and a label
+            under each task's name, of tagging tasks an id per token. Tensors, arrays or lists; None is no label.
         tasks: which labels to collect.
         pad_id: what the ids are filled up with.
+
+    Raises:
+        ValueError: a text that is no such thing, or tags that are not one per token; the message names the sample.
     """
-    longest = max(len(sample["text"]["input_ids"]) for sample in samples)
+    texts = [_one_text(sample.get("text"), f"samples[{i}]['text']") for i, sample in enumerate(samples)]
+    longest = max(len(text["input_ids"]) for text in texts)
 
     def fill(values: Tensor, value: int) -> Tensor:
         return torch.nn.functional.pad(values, (0, longest - len(values)), value=value)
 
     fills = {"input_ids": pad_id}
-    text = {
-        key: torch.stack([fill(sample["text"][key], fills.get(key, 0)) for sample in samples])
-        for key in samples[0]["text"]
-    }
+    for i, text in enumerate(texts):
+        if set(text) != set(texts[0]):
+            raise ValueError(f"samples[{i}]['text']: holds {sorted(text)}, samples[0] {sorted(texts[0])}")
+    found = {key: torch.stack([fill(text[key], fills.get(key, 0)) for text in texts]) for key in texts[0]}
     tagging = {task.name: task.ignore_index for task in tasks if task.kind == "tagging"}
-    labels = [
-        {key: fill(sample[key], tagging[key]) if key in tagging else sample[key] for key in sample if key != "text"}
-        for sample in samples
-    ]
-    return {"text": text, **collate(labels, tasks, inputs=())}
+    labels = [{key: label for key, label in sample.items() if key != "text"} for sample in samples]
+    for i, row in enumerate(labels):
+        for key in tagging.keys() & row:
+            if row[key] is None:
+                continue
+            tags, tokens = torch.as_tensor(row[key]), len(texts[i]["input_ids"])
+            if tags.shape != (tokens,):
+                raise ValueError(
+                    f"samples[{i}][{key!r}]: got tags of shape {list(tags.shape)} for {tokens} tokens; expected one "
+                    f"per token, {tagging[key]} where there is none; moe_mtl.data.TextSplit makes them of words"
+                )
+            row[key] = fill(tags, tagging[key])
+    return {"text": found, **collate(labels, tasks, inputs=())}
+
+
+def _one_text(text: Any, where: str) -> dict[str, Tensor]:
+    """The tokens of one text as tensors [n]."""
+    found = {key: torch.as_tensor(value) for key, value in text.items()} if isinstance(text, Mapping) else {}
+    if "input_ids" not in found or any(v.ndim != 1 or len(v) != len(found["input_ids"]) for v in found.values()):
+        got = {key: list(value.shape) for key, value in found.items()} if found else type(text).__name__
+        raise ValueError(
+            f"{where}: got {got}, expected what a tokenizer makes of one text, [n] each: dict(tokenizer('play jazz'))"
+        )
+    return found
 
 
 # ---- tokens and labels of one source --------------------------------------------------------------------------------
@@ -234,151 +249,69 @@ def _encode(
     samples: Sequence[Mapping[str, Any]],
     tasks: Sequence[Task],
     tokenizer: Tokenizer,
-    max_length: int,
-    truncate: bool,
+    how: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
     wheres = [str(sample.get("where", f"{source}[{i}]")) for i, sample in enumerate(samples)]
     texts = [sample.get("text") for sample in samples]
-    encoded = encode_texts(texts, tokenizer, max_length=max_length, truncate=truncate, wheres=wheres)
+    encoded = encode_texts(texts, tokenizer, wheres=wheres, **how)
     for sample, found, where in zip(samples, encoded, wheres, strict=True):
         row: dict[str, Any] = {"text": found.ids}
         for task in tasks:
-            if sample.get(task.name) is not None:
-                row[task.name] = _label(sample[task.name], task, found.text, found.word_ids, where)
+            label = sample.get(task.name)  # may be a tensor or an array, or hold some
+            if label is None:
+                continue
+            if task.kind == "tagging":
+                row[task.name] = _tags(np.atleast_1d(label).tolist(), task, found, where)
+            else:
+                row[task.name] = _label(np.asarray(label).tolist(), task, where)
         yield row
 
 
-@dataclass(frozen=True)
-class EncodedText:
-    """The tokens of a text, n of them.
-
-    Attributes:
-        text: as it came: a string, a pair, or a list of words.
-        ids: what the tokenizer gives for it, int64 [n] each.
-        word_ids: the number of each token's word; None for marks such as the end.
-        parts: which part of a pair each token is of, 0 elsewhere; None for marks.
-        offsets: where each token starts and ends, in characters of its part, or of its word in a list of words.
-    """
-
-    text: Any
-    ids: dict[str, Tensor]
-    word_ids: list[int | None]
-    parts: list[int | None]
-    offsets: list[tuple[int, int]]
-
-
-def encode_texts(
-    texts: Sequence[Any], tokenizer: Tokenizer, *, max_length: int, truncate: bool, wheres: Sequence[str]
-) -> list[EncodedText]:
-    """Texts as tokens.
-
-    Args:
-        texts: strings, pairs of strings as tuples, lists of words; of any forms side by side.
-        tokenizer: of transformers, a fast one.
-        max_length: tokens per text at most.
-        truncate: cut longer texts rather than refuse them; the end mark stays.
-        wheres: what each text is called in messages.
-
-    Raises:
-        ValueError: an empty or too long text, or something else.
-    """
-    texts = [_text(text, where) for text, where in zip(texts, wheres, strict=True)]
-    forms: dict[type, list[int]] = {str: [], tuple: [], list: []}  # tokenizers take batches of one form
-    for i, text in enumerate(texts):
-        forms[type(text)].append(i)
-    encoded: dict[int, EncodedText] = {}
-    for form, rows in forms.items():
-        for start in range(0, len(rows), 1024):
-            part = rows[start : start + 1024]
-            out = tokenizer([texts[i] for i in part], is_split_into_words=form is list, return_attention_mask=True)
-            for at, i in enumerate(part):
-                values = {key: torch.tensor(value[at]) for key, value in out.items()}
-                found = EncodedText(texts[i], values, out.word_ids(at), out.sequence_ids(at), out.encodings[at].offsets)
-                count = len(found.word_ids)
-                if count > max_length and not truncate:
-                    raise TextError(
-                        f"{wheres[i]}: the text has {count} tokens, max_length is {max_length}; raise max_length (up "
-                        "to the encoder's positions) or pass truncate=true"
-                    )
-                encoded[i] = _cut(found, max_length) if count > max_length else found
-    return [encoded[i] for i in range(len(texts))]
-
-
-def _cut(found: EncodedText, length: int) -> EncodedText:
-    """The first tokens of a text and its last, the end mark."""
-    kept = [*range(length - 1), -1]
-
-    def cut(values: list[Any]) -> list[Any]:
-        return [values[i] for i in kept]
-
-    ids = {key: value[kept] for key, value in found.ids.items()}
-    return EncodedText(found.text, ids, cut(found.word_ids), cut(found.parts), cut(found.offsets))
-
-
-def _text(text: Any, where: str) -> Any:
-    """A text in a form tokenizers take: a string, a pair as a tuple, or a list of words."""
-    pair = isinstance(text, tuple) and len(text) == 2
-    words = isinstance(text, list) and all(isinstance(word, str) for word in text)
-    if not (isinstance(text, str) or pair or words):
-        raise TextError(f"{where}: got a text of {type(text).__name__}, expected a string, a pair or a list of words")
-    parts = [text] if isinstance(text, str) else text
-    if not parts or not all(isinstance(part, str) and part.strip() for part in parts):
-        raise TextError(f"{where}: the text is empty, or one of its words is; leave it out or write what it says")
-    return text
-
-
-def _label(label: Any, task: Task, text: Any, word_ids: Sequence[int | None], where: str) -> Tensor:
-    if task.kind != "tagging":
-        if task.kind == "classification" and not (isinstance(label, int) and 0 <= label < task.channels):
+def _label(label: Any, task: Task, where: str) -> Tensor:
+    if task.kind == "classification":
+        if not (isinstance(label, int) and 0 <= label < task.channels):
             _unknown(label, task, where)
-        return torch.tensor(label, dtype=torch.int64 if task.kind == "classification" else torch.float32)
-    if not isinstance(text, list) or len(label) != len(text):
-        words = len(text) if isinstance(text, list) else "no list of"
+        return torch.tensor(label, dtype=torch.int64)
+    if task.kind == "multilabel" and not (isinstance(label, list) and len(label) == task.channels):
+        raise TextError(f"{where}: got {label!r} for task {task.name!r}, expected {task.channels} numbers of 0 and 1")
+    target = torch.tensor(label, dtype=torch.float32)
+    task.check_target(target, where)
+    return target
+
+
+def _tags(label: list[Any], task: Task, found: EncodedText, where: str) -> Tensor:
+    """The label of every token: that of its word on the first of a word, `ignore_index` elsewhere."""
+    if not isinstance(found.text, list) or len(label) != len(found.text):
+        words = len(found.text) if isinstance(found.text, list) else "no list of"
         raise TextError(f"{where}: {len(label)} tags of {task.name!r} for {words} words; expected one tag per word")
-    tags, before = [], None
-    for word in word_ids:
-        tags.append(task.ignore_index if word is None or word == before else label[word])
-        before = word
     for tag in label:
         if not isinstance(tag, int) or not (0 <= tag < task.channels or tag == task.ignore_index):
             _unknown(tag, task, where)
+    tags, before = [], None
+    for word in found.word_ids:
+        tags.append(task.ignore_index if word is None or word == before else label[word])
+        before = word
+    _check_bare_words(label, task, found, where)
     return torch.tensor(tags, dtype=torch.int64)
+
+
+def _check_bare_words(label: Sequence[int], task: Task, found: EncodedText, where: str) -> None:
+    """Refuses a tag that no token could carry, where it matters.
+
+    Words of invisible or unknown characters may have no tokens. Without O, or an I- that goes on with a span, the spans
+    are what they were; without a B- one is gone, and without a part of speech a label.
+    """
+    kept = {word for word in found.word_ids if word is not None}
+    end = max(kept) if found.cut and kept else len(label)  # what lies beyond was cut off
+    names = [str(task.classes[tag]) if task.classes and tag != task.ignore_index else "" for tag in label]
+    for i in sorted(set(range(end)) - kept):
+        goes_on = names[i][:2] == "I-" and i and names[i - 1] in (names[i], f"B{names[i][1:]}")
+        if label[i] != task.ignore_index and names[i] != "O" and not goes_on:
+            raise TextError(
+                f"{where}: word {i + 1}, {found.text[i]!r}, has no tokens, and so no place for its tag "
+                f"{names[i] or label[i]!r} of {task.name!r}; leave out the word and its tags"
+            )
 
 
 def _unknown(label: Any, task: Task, where: str) -> NoReturn:
     raise TextError(f"{where}: {label!r} is no id of a class of task {task.name!r}; expected 0 to {task.channels - 1}")
-
-
-# ---- what readers need ----------------------------------------------------------------------------------------------
-
-
-def class_ids(labels: Sequence[str], classes: Sequence[str], task: str, where: str) -> list[int]:
-    """Names of classes to their ids.
-
-    Raises:
-        ValueError: a name that is not among the classes; the nearest are listed.
-    """
-    order = {name: i for i, name in enumerate(classes)}
-    for label in labels:
-        if label not in order:
-            raise TextError(
-                f"{where}: label {label!r} of task {task!r} is not in the label set; {nearest(label, order)}"
-            )
-    return [order[label] for label in labels]
-
-
-def bio_classes(tags: Iterator[str] | Sequence[str]) -> list[str]:
-    """O, then B- and I- of every type some tag names, in alphabetical order."""
-    types = sorted({tag[2:] for tag in tags if tag != "O"})
-    return ["O", *(f"{mark}-{kind}" for kind in types for mark in "BI")]
-
-
-def read_lines(path: Any) -> list[str]:
-    """The lines of a UTF-8 file.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"root: {path} is not a file")
-    return path.read_text(encoding="utf-8").splitlines()

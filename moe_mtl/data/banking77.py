@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_mtl.data._texts import TextData, TextError, Texts, class_ids
+from moe_mtl.data._reading import TextError, class_ids
+from moe_mtl.data._texts import TextData, Texts
 from moe_mtl.tasks import Task
 
 TASK = "banking77"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_mtl.data._texts import TextData, TextError, Texts, bio_classes, class_ids
+from moe_mtl.data._reading import TextError, bio_classes, class_ids
+from moe_mtl.data._texts import TextData, Texts
 from moe_mtl.tasks import Task
 
 FOLDS = 20

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_mtl.data._texts import TextData, TextError, Texts, bio_classes, class_ids, read_lines
+from moe_mtl.data._reading import TextError, bio_classes, class_ids, read_lines
+from moe_mtl.data._texts import TextData, Texts
 from moe_mtl.tasks import Task
 
 FOLDERS = {"train": "train", "val": "valid", "test": "test"}
