@@ -157,6 +157,9 @@ def test_files_that_are_not_there_or_no_tables(tmp_path):
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(ValueError, match=r"root: .*empty.csv cannot be read as a table \(No columns"):
         Table(root=str(tmp_path / "empty.csv"), tasks="a").task_list()
+    (tmp_path / "shifted.csv").write_text("x,a\n" + "1,2,0\n3,4,1\n" * 20)  # x would be read as names of the rows
+    with pytest.raises(ValueError, match=r"root: rows of .*shifted.csv have more fields than its first line has names"):
+        Table(root=str(tmp_path / "shifted.csv"), tasks="a").task_list()
     data = table(tmp_path)
     with pytest.raises(ValueError, match="name: unknown split 'tset'; did you mean 'test'"):
         data.split("tset")

@@ -115,9 +115,14 @@ def read_frame(root: str | None) -> "DataFrame":
         else:
             frame = pandas.read_csv(path, sep="\t" if ".tsv" in name else ",")
     except (ValueError, OSError) as error:  # pandas' own errors are of these kinds
-        raise ValueError(f"root: {path} cannot be read as a table ({error})") from error
+        raise ValueError(f"root: {path} cannot be read as a table ({str(error).strip()})") from error
     if not len(frame):
         raise ValueError(f"root: {path} holds no rows")
+    if not name.endswith(".parquet") and not isinstance(frame.index, pandas.RangeIndex):  # made of the first fields
+        raise ValueError(
+            f"root: rows of {path} have more fields than its first line has names; name every column, and put a field "
+            'that holds the separator between "quotes"'
+        )
     frame.columns = [str(column) for column in frame.columns]
     return frame
 
