@@ -178,6 +178,15 @@ def test_a_text_longer_than_the_encoder_takes_is_named(read, tmp_path, encoder):
     assert cut.split("train").lengths == [3, 64]
 
 
+def test_a_training_split_alone_is_split_as_a_file_is(tmp_path, encoder):
+    (tmp_path / "train.csv").write_text("text,label\n" + "play,a\nsing,b\n" * 20)
+    data = TextFiles(root=str(tmp_path), tokenizer=encoder)
+    assert [len(data.split(name)) for name in ("train", "val", "test")] == [32, 4, 4]
+    alone = TextFiles(root=str(tmp_path / "train.csv"), tokenizer=encoder)
+    rows = [[row["label"] for row in one.split("val")] for one in (data, alone)]
+    assert rows[0] == rows[1]
+
+
 # ---- the hub, from a folder of its format
 
 

@@ -40,17 +40,20 @@ def read_tables(root: str) -> dict[str, TextTable]:
     """The table of each split, or a single one, called "", which is to be split.
 
     Args:
-        root: a file; a folder with a file per split; or hub:NAME or hub:NAME:CONFIGURATION.
+        root: a file; a folder with a file per split; or hub:NAME or hub:NAME:CONFIGURATION. With a training split alone
+            the last two are as a file.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or none to train on.
         ValueError: a file that is not what its ending says; the message names the line.
     """
-    if root.startswith(HUB):
-        return _read_hub(root)
-    path = Path(root)
-    if path.is_file():
+    if not root.startswith(HUB) and (path := Path(root)).is_file():
         return {"": _read_file(path)}
+    tables = _read_hub(root) if root.startswith(HUB) else _read_folder(Path(root))
+    return {"": tables["train"]} if list(tables) == ["train"] else tables
+
+
+def _read_folder(path: Path) -> dict[str, TextTable]:
     if not path.is_dir():
         raise FileNotFoundError(f"root: {path} is neither a file nor a folder, nor {HUB}NAME")
     files = {

@@ -4,7 +4,7 @@
     python train.py text_moe_files --data.root=folder --data.text=words --data.labels=tags:tagging
     python train.py text_moe_files --data.root=hub:nyu-mll/glue:mrpc --data.text=sentence1,sentence2 --data.labels=label
 
-A file is split at random; a folder holds train, val (or validation, dev) and test files.
+A file is split at random; a folder holds train, val (or validation, dev) and test files, or one of train to split.
 """
 
 import math
