@@ -7,12 +7,14 @@
     python eval.py runs/nyu --data.root=data/nyuv2
     python eval.py runs/demo --help
 
+Rows of a table, of whatever file, are encoded with the columns the model was trained with, and classes are the model's.
+
 The JSON (--out, by default results.json in the model folder; results/NAME.json for a pretrained model) holds
 
     label          --label, or the pretrained model's, the recipe's or the architecture's name
     model          name, args, folder, parameters
     weights        file, bytes, sha256, dtype in the file; scores are in float32 whatever that is
-    data           name, spec, split, samples
+    data           name, spec, split, samples, labels: {task: digest of the labels scored}, of tasks that are not dense
     tasks          as `Task.to_dict` writes them
     metrics        {task: {metric: value}}; null where the split has no label
     metric_info    {task: {metric: {unit, higher_is_better}}}
@@ -66,6 +68,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     import torch  # slow to import, as what follows; a mistyped option need not wait for it
 
     from moe_mtl.activity import expert_activity
+    from moe_mtl.as_trained import read_splits
     from moe_mtl.cost import agreement, cost_table, count_parameters, dense_of_equal_size
     from moe_mtl.hub import load
     from moe_mtl.multitask import count_rows, select_rows, task_ids
@@ -88,7 +91,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     tasks = [model.tasks[i] for i in task_ids(model.tasks, names)]
     baselines = [read_baseline(path, tasks) for path in given.baseline or ()]
 
-    scored = score(model, given.data.split(given.split), tasks, given.batch_size, given.limit)
+    (samples,) = read_splits(model, given.data, given.split)
+    scored = score(model, samples, tasks, given.batch_size, given.limit)
     shown, inputs, usage = scored.pop("shown"), scored.pop("inputs"), scored.pop("usage")
     activity = expert_activity(model, [inputs])
     dense = dense_of_equal_size(model) if given.dense == "auto" else None
@@ -111,6 +115,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             "spec": asdict(given.data),
             "split": given.split,
             "samples": scored.pop("samples"),
+            "labels": scored.pop("labels"),
         },
         "tasks": [task.to_dict() for task in tasks],
         **scored,
@@ -231,9 +236,9 @@ def score(model: Any, dataset: Any, tasks: Sequence[Task], batch_size: int | Non
     """Metrics and expert usage over a data set, and what is pictured.
 
     Returns:
-        metrics, metric_info and samples as in the JSON; usage as `ExpertUsage.compute` gives it; inputs, the first
-        batch, on the model's device; shown, (inputs, predictions, targets) on the CPU: of the first samples for
-        pictures, of all for tables.
+        metrics, metric_info, samples and the data's labels as in the JSON; usage as `ExpertUsage.compute` gives it;
+        inputs, the first batch, on the model's device; shown, (inputs, predictions, targets) on the CPU: of the first
+        samples for pictures, of all for tables.
     """
     import torch
     from rich.console import Console
@@ -244,7 +249,8 @@ def score(model: Any, dataset: Any, tasks: Sequence[Task], batch_size: int | Non
     from moe_mtl.data import collate
     from moe_mtl.diagnostics import ExpertUsage
     from moe_mtl.metrics import metric_info
-    from moe_mtl.multitask import move
+    from moe_mtl.multitask import count_rows, move
+    from moe_mtl.results import LabelDigest
     from moe_mtl.scoring import TaskMetrics
 
     names, device = [task.name for task in tasks], next(model.parameters()).device
@@ -255,10 +261,13 @@ def score(model: Any, dataset: Any, tasks: Sequence[Task], batch_size: int | Non
         raise ValueError("split: it holds no samples")
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=together)
     metrics, usage, shown, inputs = TaskMetrics(tasks), ExpertUsage.of(model), [], None
+    digests = {task.name: LabelDigest(task) for task in tasks if not task.is_dense}
     console = Console(stderr=True)
     with torch.inference_mode():
         for batch in track(loader, "scoring", console=console, transient=True, disable=not console.is_terminal):
             x = move(batch[model.input], device)
+            for name, digest in digests.items():
+                digest.update(batch.get(name), count_rows(x))
             # texts of one source have the labels of its tasks alone, and others would only be computed
             run = [name for name in names if name in batch] if text else names
             if not run:
@@ -291,6 +300,7 @@ def score(model: Any, dataset: Any, tasks: Sequence[Task], batch_size: int | Non
         },
         "usage": usage.compute(names),
         "samples": sum(map(len, batches)),
+        "labels": {name: digest.compute() for name, digest in digests.items()},
         "inputs": inputs,
         "shown": (first, predicted, labels),
     }

@@ -1,7 +1,7 @@
 """EarlyStopping: the weights of the lowest validation loss so far, and when to give up on a lower one."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ class EarlyStopping:
     Attributes:
         lowest: loss so far.
         step: updates done when it was measured.
-        waited: evaluations since.
+        waited: evaluations since that had a loss.
     """
 
     def __init__(self, model: nn.Module, patience: int):
@@ -32,8 +32,11 @@ class EarlyStopping:
         """Whether patience is."""
         return self.waited >= self.patience
 
-    def update(self, step: int, loss: float) -> None:
-        """Takes note of an evaluation after so many updates. A loss that is no number is no lower one."""
+    def update(self, step: int, losses: Collection[float]) -> None:
+        """Takes note of the mean loss of an evaluation after so many updates. Where it is no number, nothing counts."""
+        loss = sum(losses) / len(losses) if losses else math.nan
+        if math.isnan(loss):
+            return
         if loss < self.lowest:
             self.lowest, self.step, self.waited = loss, step, 0
             self.weights = {name: tensor.detach().clone() for name, tensor in self._changing()}

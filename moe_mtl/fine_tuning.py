@@ -29,7 +29,7 @@ from moe_mtl.diagnostics import expert_usage
 from moe_mtl.multitask import evaluating
 from moe_mtl.new_experts import OnlyNew, add_experts
 from moe_mtl.new_task import FewShot
-from moe_mtl.samples import USAGE, inputs_of, labelled_tasks, samples_of, with_labels
+from moe_mtl.samples import USAGE, inputs_of, samples_of
 from moe_mtl.tasks import nearest
 from moe_mtl.trainer import Trainer
 from moe_mtl.trainer_config import TrainerConfig, matches
@@ -101,7 +101,8 @@ def finetune(
     Args:
         model: a multi-task model; `add_task` comes before for a new task.
         data: samples: a list of dicts of an input and labels, any map-style data set of such, or a data set of
-            `moe_mtl.data` with the splits "train" and "val".
+            `moe_mtl.data` with the splits "train" and "val", of which a table is read with the model's columns and
+            classes. Samples without a label of the tasks are left out where that is known without reading all.
         train: which parameters learn, see above.
         tasks: names of the tasks to train; those the samples have labels of when None.
         val: samples to validate on. When None a fifth of `data` is held out, of five samples or more, or its split
@@ -131,9 +132,7 @@ def finetune(
     if train not in get_args(Train):
         raise ValueError(f"train: unknown {train!r}; {nearest(str(train), get_args(Train))}")
     tuned: Any = model
-    learn, validate = samples_of(tuned, data, val, int(options.get("seed", 0)))
-    names = labelled_tasks(tuned, learn, tasks)
-    learn = with_labels(learn, names)
+    learn, validate, names = samples_of(tuned, data, val, int(options.get("seed", 0)), tasks)
     others = [task.name for task in tuned.tasks if task.name not in names]
     seen = list(inputs_of(tuned, learn, SEEN)) if others else []
     was = [_predictions(tuned, x, others) for x in seen]
@@ -160,7 +159,7 @@ def finetune(
         raise
     for name, p in model.named_parameters():
         p.requires_grad_(flags.get(name, True))
-    kept = trainer.step if trainer.early is None else trainer.early.step
+    kept = trainer.early.step if trainer.early and trainer.early.weights else trainer.step
     moved = _moved(was, [_predictions(tuned, x, others) for x in seen])
     found = FineTuning(train, tuple(names), trained, trainer.step, kept, before, after, tuning.new, moved)
     tuned.finetuning = found

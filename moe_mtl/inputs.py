@@ -15,8 +15,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_mtl.columns import Column, of_kind, read_columns
+from moe_mtl.columns import COLUMN_KINDS, Column, ColumnKind, check_rows, of_kind, read_columns
 from moe_mtl.data import encode_rows, to_image
+from moe_mtl.data._frames import TableSplit
 from moe_mtl.data._texts import pad_batch
 from moe_mtl.data._tokens import EncodedText, encode_texts, load_tokenizer
 
@@ -177,43 +178,56 @@ class ImageReader:
 class TableReader:
     """Rows of a table: a data frame; a list of dicts; or a single row, a dict or series of values by column.
 
+    Or samples of a data set, dicts with such a row, or its tensors, under `table`; or a split of one.
+
     Attributes:
         columns: of the model.
     """
 
     columns: Sequence[Column]
 
-    def open(self, x: Any) -> tuple["DataFrame", bool]:
-        """A data frame, and whether `x` was a single row.
+    def open(self, x: Any) -> "tuple[DataFrame | TableSplit, bool]":
+        """A data frame, or rows that are tensors already; and whether `x` was a single row.
 
         Raises:
-            ValueError: no rows by column, as a single row or many.
+            ValueError: no rows by column, as a single row or many; or tensors that do not fit the columns.
         """
         from pandas import DataFrame, Series
 
-        if isinstance(x, DataFrame):
+        if isinstance(x, DataFrame | TableSplit):
             return x, False
         single = isinstance(x, Mapping | Series)
         rows: Any = [x] if single else x
         if not isinstance(rows, list | tuple) or not all(isinstance(row, Mapping | Series) for row in rows):
             raise ValueError(f"x: got {type(x).__name__}, expected a data frame, or rows as dicts of values by column")
-        # of any type: a column of integers with a gap would become one of floats, whose categories read otherwise
+        rows = [row["table"] if isinstance(row.get("table"), Mapping) else row for row in rows]
+        kinds: list[ColumnKind] = [kind for kind in COLUMN_KINDS if of_kind(self.columns, kind)]
+        if rows and all(isinstance(row.get(kind), Tensor) for row in rows for kind in kinds):
+            single = single and rows[0][kinds[0]].ndim < 2  # not a batch of samples, stacked already
+            batches = [{kind: torch.atleast_2d(row[kind]) for kind in kinds} for row in rows]
+            for batch in batches:
+                check_rows(batch, self.columns)
+            return TableSplit({kind: torch.cat([batch[kind] for batch in batches]) for kind in kinds}, {}), single
+        # of any type: large integers beside a gap would become floats that are not the same
         return DataFrame([dict(row) for row in rows], dtype=object), single
 
-    def batches(self, samples: "DataFrame", size: int) -> Iterator[Batch]:
+    def batches(self, samples: "DataFrame | TableSplit", size: int) -> Iterator[Batch]:
         """The rows as `moe_mtl.columns` has them.
 
         Raises:
             ValueError: a column is missing, or a numeric one holds something else than numbers.
         """
-        vectors = {}
-        for column in of_kind(self.columns, "vector"):
-            if column.name in samples:
-                vectors[column.name] = np.array([np.asarray(row, dtype=np.float32) for row in samples[column.name]])
-        rows = encode_rows(samples, self.columns, vectors)
+        rows = samples.rows if isinstance(samples, TableSplit) else self._encode(samples)
         for start in range(0, len(samples), size):
             numbers = range(start, min(start + size, len(samples)))
             yield Batch(numbers, {kind: t[start : start + size] for kind, t in rows.items()}, [None] * len(numbers))
+
+    def _encode(self, frame: "DataFrame") -> dict[str, Tensor]:
+        vectors = {}
+        for column in of_kind(self.columns, "vector"):
+            if column.name in frame:
+                vectors[column.name] = np.array([np.asarray(row, dtype=np.float32) for row in frame[column.name]])
+        return encode_rows(frame, self.columns, vectors)
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 `eval.py` lists its keys.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
+from torch import Tensor
 
 from moe_mtl.cost import AGREES, count_parameters
 from moe_mtl.diagnostics import LayerUsage, diagnose
@@ -96,6 +99,25 @@ def describe_pruned(pruned: Mapping[str, Any], extracted: Mapping[str, Any]) -> 
     }
 
 
+class LabelDigest:
+    """A digest of the labels of one task that are scored: of their values and whose they are, not of the batches."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.counts, self.values = hashlib.sha256(), hashlib.sha256()
+
+    def update(self, labels: Tensor | None, samples: int) -> None:
+        """Takes the labels of so many samples, None where none has one."""
+        valid = torch.zeros(samples, 1, dtype=torch.bool) if labels is None else self.task.valid(labels).cpu()
+        self.counts.update(valid.reshape(samples, -1).sum(dim=1).numpy().tobytes())
+        if labels is not None:
+            self.values.update(labels.cpu()[valid].numpy().tobytes())
+
+    def compute(self) -> str:
+        """The digest of all that came."""
+        return hashlib.sha256(self.counts.digest() + self.values.digest()).hexdigest()[:16]
+
+
 # ---- baselines ------------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +160,16 @@ def compare(
             raise ValueError(
                 f"baseline: {baseline['label']} was scored on {theirs}, this model on {ours}; score both alike"
             )
-        if changed := [name for name in here if name in there and here[name] != there[name]]:
+        mine, other = (data.get("labels") or {} for data in (results["data"], baseline["data"]))
+        known = [task.name for task in tasks if task.name in mine and task.name in other]
+        if moved := [name for name in known if mine[name] != other[name]]:
+            raise ValueError(
+                f"baseline: {baseline['label']} was scored on other labels of {', '.join(moved)}; score both on the "
+                "same rows of the same file"
+            )
+        # settings tell what labels do not: of dense tasks, and of results without a digest
+        changed = [name for name in here if name in there and here[name] != there[name]]
+        if changed and len(known) < len(tasks):
             differ = ", ".join(f"{name} {there[name]!r} against {here[name]!r}" for name in changed)
             raise ValueError(f"baseline: {baseline['label']} was scored on other data ({differ}); score both alike")
         label, copies = baseline["label"], 1

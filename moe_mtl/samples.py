@@ -3,11 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch.utils.data import Dataset, Subset
 
+from moe_mtl.as_trained import read_splits
 from moe_mtl.batches import in_order, shuffled
 from moe_mtl.data import collate, pad_batch
+from moe_mtl.data._frames import TableSplit
 from moe_mtl.multitask import move, task_ids
+from moe_mtl.tasks import Task
 
 HELD_OUT = 0.2  # of samples that come without others to validate on
 LEAST = 5  # samples from which on some are held out
@@ -37,23 +42,38 @@ class TextRows(Dataset):
         return pad_batch([self.rows[i] for i in indices], self.tasks, self.pad_id)
 
 
-def samples_of(model: Any, data: Any, val: Any, seed: int) -> tuple[Any, Any]:
-    """Samples to learn from and, or None, to validate on: some of them where `val` is None, none where it is False.
+def samples_of(
+    model: Any, data: Any, val: Any, seed: int, tasks: Sequence[str] | str | None = None
+) -> tuple[Any, Any, list[str]]:
+    """Samples with labels of some tasks to learn from; others, or None, to validate on; and the names of these tasks.
+
+    Where `val` is None, some of `data` are held out, of those that have labels, or its split "val" is taken; none where
+    it is False. A table is read with the model's columns and classes.
 
     Raises:
-        ValueError: there are none, or they are no samples.
+        ValueError: there are none, they are no samples, or have no labels of the tasks.
     """
+    held = val
     if hasattr(data, "split") and hasattr(data, "task_list"):
-        if val is None:
-            val = data.split("val")
-        return data.split("train"), None if val is False else read_samples(model, val, "val")
-    data = read_samples(model, data, "data")
-    if val is False:
-        return data, None
-    if val is not None or len(data) < LEAST:
-        return data, None if val is None else read_samples(model, val, "val")
-    order, held = shuffled(len(data), seed, 0), max(1, round(HELD_OUT * len(data)))
-    return Subset(data, order[held:]), Subset(data, order[:held])
+        data, *rest = read_splits(model, data, "train", *(["val"] if val is None else []))
+        held = rest[0] if rest else val
+    else:
+        data = read_samples(model, data, "data")
+    learn = with_labels(model, data, labelled_tasks(model, data, tasks))
+    if held is None and len(learn) >= LEAST:
+        order, count = shuffled(len(learn), seed, 0), max(1, round(HELD_OUT * len(learn)))
+        learn, held = Subset(learn, order[count:]), Subset(learn, order[:count])
+    elif held is None or held is False:
+        return learn, None, labelled_tasks(model, learn, tasks)
+    else:
+        held = read_samples(model, held, "val")
+    names = labelled_tasks(model, learn, tasks)
+    if not any(_labelled(held, task) for task in model.tasks if task.name in names):
+        raise ValueError(
+            f"val: none of the {len(held)} samples to validate on has a label of {', '.join(names)}; pass samples that "
+            "have as val=, or val=False to go without"
+        )
+    return learn, held, names
 
 
 def read_samples(model: Any, data: Any, argument: str) -> Any:
@@ -78,27 +98,49 @@ def labelled_tasks(model: Any, samples: Any, tasks: Sequence[str] | str | None) 
         ValueError: one is unknown, or no sample has a label of it.
     """
     known = [task.name for task in model.tasks]
-    wanted = known if tasks is None else [known[i] for i in sorted(task_ids(model.tasks, tasks))]
-    found = [name for name in wanted if _labelled(samples, name)]
-    if lacking := [name for name in wanted if name not in found] if tasks is not None else []:
+    wanted = range(len(known)) if tasks is None else sorted(task_ids(model.tasks, tasks))
+    found = [known[i] for i in wanted if _labelled(samples, model.tasks[i])]
+    if lacking := [known[i] for i in wanted if known[i] not in found] if tasks is not None else []:
         raise ValueError(f"tasks: no sample has a label of {', '.join(lacking)}; a label's key is the name of its task")
     if not found:
         raise ValueError(f"data: no sample has a label of any of {', '.join(known)}; a label's key is its task's name")
     return found
 
 
-def _labelled(samples: Any, name: str) -> bool:
-    if hasattr(samples, "labelled"):
-        return bool(len(samples.labelled(name)))
-    return any(samples[i].get(name) is not None for i in range(len(samples)))
-
-
-def with_labels(samples: Any, names: Sequence[str]) -> Any:
-    """The samples that have a label of some of these tasks, where the data set knows which; else all."""
-    if not hasattr(samples, "labelled"):
+def with_labels(model: Any, samples: Any, names: Sequence[str]) -> Any:
+    """The samples that have a label of some of these tasks, where that is known without reading all; else all."""
+    found = [_rows_with(samples, task) for task in model.tasks if task.name in names]
+    if any(rows is None for rows in found):
         return samples
-    rows = sorted({int(i) for name in names for i in samples.labelled(name)})
+    rows = sorted({int(i) for rows in found for i in rows or ()})
     return samples if len(rows) == len(samples) else Subset(samples, rows)
+
+
+def _labelled(samples: Any, task: Task) -> bool:
+    rows = _rows_with(samples, task)
+    return any(_has_label(samples[i], task) for i in range(len(samples))) if rows is None else bool(len(rows))
+
+
+def _rows_with(samples: Any, task: Task) -> Sequence[int] | None:
+    """Numbers of the samples that have a label of a task; None where only reading them would tell."""
+    if hasattr(samples, "labelled"):
+        return samples.labelled(task.name)
+    if isinstance(samples, TableSplit):
+        labels = samples.flat.get(task.name)
+        return [] if labels is None else task.valid(labels).reshape(len(labels), -1).any(dim=1).nonzero()[:, 0].tolist()
+    if isinstance(samples, TextRows):
+        return _rows_with(samples.rows, task)
+    if isinstance(samples, list | tuple):
+        return [i for i, sample in enumerate(samples) if _has_label(sample, task)]
+    return None
+
+
+def _has_label(sample: Any, task: Task) -> bool:
+    label = sample.get(task.name)
+    try:
+        return label is not None and bool(task.valid(torch.as_tensor(np.asarray(label))[None]).any())
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return True  # what is no label is refused where a batch is made of it, in words of its own
 
 
 def inputs_of(model: Any, samples: Any, limit: int, batch_size: int = 32) -> Iterator[Any]:

@@ -19,7 +19,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 
 from moe_mtl import checkpoint as checkpoints
 from moe_mtl import hub, regularizers
+from moe_mtl.as_trained import check_columns, fingerprint, first_change
 from moe_mtl.balancing import create_balancer
 from moe_mtl.batches import in_order, one_task_each, training_order
 from moe_mtl.data import collate, load_tokenizer
@@ -94,6 +95,8 @@ class Trainer:
             raise ValueError(f"tasks_per_step: got {config.tasks_per_step}, the model has {len(names)} tasks: {names}")
         if lacking := sorted(set(names) - {task.name for task in data.task_list()}):
             raise ValueError(f"data: has no task {', '.join(lacking)}, which the model predicts")
+        check_columns(model, data)
+        self.table = fingerprint(data)
         regularizers.check(config.regularizers, config.regularizer_args)
         TaskMetrics(self.trained)  # refuses a metric that does not fit its task now, not at the first evaluation
         how = dataclasses.asdict(config)
@@ -172,7 +175,7 @@ class Trainer:
                     found = self.evaluate(val)
                     log.record(self.step, "val", found)
                     if self.early is not None:
-                        self.early.update(self.step, _mean(found["loss"].values()))
+                        self.early.update(self.step, found["loss"].values())
                         last = last or self.early.over
                 if self.out is not None and (self.step % config.save_every == 0 or last):
                     log.flush()  # a checkpoint never knows more than the log
@@ -230,10 +233,8 @@ class Trainer:
                 key: tree_map(lambda t: (t if whole else t[rows]).to(self.device), batch[key])  # noqa: B023
                 for key in (self.input, *losses)
             }
-            if ids is not None:
-                part["ids"] = ids[rows].to(self.device)
             share = len(rows) / samples
-            found, routings, auxiliary = self._losses(part, tasks)
+            found, routings, auxiliary = self._losses(part, tasks, None if ids is None else ids[rows].to(self.device))
             # a part's mean counts by its share of the batch's labels; dividing by its share of the samples, which the
             # total is multiplied with, keeps terms of the balancer that are not per label whole
             pieces = {}
@@ -268,16 +269,17 @@ class Trainer:
         config = self.config
         return config.regularizers if self.step >= config.regularize_from * config.steps else {}
 
-    def _losses(self, part: Batch, tasks: list[Task]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
-        """The loss of every task on some samples, what was routed, and the model's own auxiliary losses."""
-        config = self.config
-        names = [task.name for task in tasks]
+    def _losses(
+        self, part: Batch, tasks: list[Task], ids: Tensor | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+        """Losses on some samples, all tasks' or that of each sample's own; what was routed; the model's own losses."""
+        config, which = self.config, [task.name for task in tasks] if ids is None else ids
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if config.inner_lr > 0:
                 how = {"inner_lr": config.inner_lr, "share": config.inner_share, "second_order": config.second_order}
                 return *two_step_losses(self.parallel, part[self.input], part, tasks, **how), {}
-            predictions, routings = self.parallel(part[self.input], tasks=part.get("ids", names), return_routing=True)
-        if "ids" in part:
+            predictions, routings = self.parallel(part[self.input], tasks=which, return_routing=True)
+        if ids is not None:
             losses = {
                 task.name: task.compute_loss(predictions[task.name][1], part[task.name][predictions[task.name][0]])
                 if task.name in predictions
@@ -354,6 +356,8 @@ class Trainer:
         if changed:
             listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, old, new in changed)
             raise ValueError(f"out: {out} holds a different run ({listed}); set these back, {instead}")
+        if what := first_change(found.state.get("table", {}), self.table):
+            raise ValueError(f"out: the run in {out} was on another table: {what}; put the old file back, {instead}")
         if found.step >= config.steps:
             raise ValueError(
                 f"out: the run in {out} is finished ({found.step} steps, steps is {config.steps}); "
@@ -390,13 +394,8 @@ class Trainer:
             "random": checkpoints.random_state(),
             "seconds": self.seconds,
             "window": self.window,
+            "table": self.table,
             "early": None if self.early is None else self.early.state_dict(),
         }
         found = checkpoints.Checkpoint(self.step, self.model.state_dict(), state, self.run)
         checkpoints.write(out / "checkpoints", found, self.config.keep)
-
-
-def _mean(values: Iterable[float]) -> float:
-    """The mean, NaN of none."""
-    found = list(values)
-    return sum(found) / len(found) if found else math.nan

@@ -19,7 +19,7 @@ def early(out, **how):
 
 
 def test_patience_ends_training_and_the_lowest_loss_is_kept(tmp_path, monkeypatch):
-    found = chain([3.0, 2.0, 2.5, 1.0, 1.5, math.nan, 0.5], repeat(9.0))
+    found = chain([3.0, 2.0, 2.5, 1.0, 1.5, math.nan, 1.2, 0.5], repeat(9.0))
     weights = []
 
     def evaluate(self, dataset):
@@ -29,14 +29,22 @@ def test_patience_ends_training_and_the_lowest_loss_is_kept(tmp_path, monkeypatc
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     trainer = Trainer(ToyModel(), ToyData(), early(tmp_path))
     model = trainer.fit()
-    assert trainer.step == 12 and trainer.early.step == 8 and trainer.early.lowest == 1.0
+    # what is no number neither lowers the loss nor costs patience
+    assert trainer.step == 14 and trainer.early.step == 8 and trainer.early.lowest == 1.0
     assert all(torch.equal(p, weights[3][n]) for n, p in model.named_parameters())
-    assert not all(torch.equal(p, weights[5][n]) for n, p in model.named_parameters())
-    with pytest.raises(ValueError, match="its patience was over after 12 steps"):
+    assert not all(torch.equal(p, weights[6][n]) for n, p in model.named_parameters())
+    with pytest.raises(ValueError, match="its patience was over after 14 steps"):
         Trainer(ToyModel(), ToyData(), early(tmp_path)).fit()
     again = Trainer(ToyModel(), ToyData(), early(tmp_path, patience=3))
     again.fit()  # goes on from the last weights, not the best
-    assert again.step > 12 and again.early.lowest == 0.5
+    assert again.step > 14 and again.early.lowest == 0.5
+
+
+def test_without_labels_to_validate_on_all_updates_are_made(monkeypatch):
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, dataset: {"loss": {}, "metrics": {}, "routing": {}})
+    trainer = Trainer(ToyModel(), ToyData(), early(None, steps=12))
+    trainer.fit()
+    assert trainer.step == 12 and trainer.early.waited == 0
 
 
 def test_a_run_with_patience_resumes_to_the_bit(tmp_path):

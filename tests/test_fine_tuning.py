@@ -176,7 +176,7 @@ def test_all_samples_are_learned_from_where_none_is_to_validate_on():
     found = {}
     for val in (None, False):
         data, model = Noted(rooms(10)), vit()
-        learn, validate = samples_of(model, data, val, 0)
+        learn, validate, _ = samples_of(model, data, val, 0)
         assert len(learn) == (10 if val is False else 8) and (validate is None) == (val is False)
         moe_mtl.finetune(model, data, tasks="room", val=val, **{**FAST, "batch_size": 5, "patience": 1, "lr": 1.0})
         found[val] = model.finetuning
@@ -276,7 +276,7 @@ def test_a_frozen_part_stays_frozen_and_running_statistics_stand_still():
 
 def test_samples_are_held_out_and_few_are_not():
     model = vit()
-    learn, held = samples_of(model, rooms(20), None, 0)
+    learn, held, _ = samples_of(model, rooms(20), None, 0)
     assert isinstance(learn, Subset) and (len(learn), len(held)) == (16, 4)
     assert not set(learn.indices) & set(held.indices)
     assert samples_of(model, rooms(4), None, 0)[1] is None
@@ -368,7 +368,25 @@ def test_only_samples_with_labels_of_the_tasks_are_drawn(tmp_path):
     torch.manual_seed(0)
     model = moe_mtl.create_model("text_shared_bottom", tasks=tasks, encoder=str(folder)).eval()
     texts = [{"text": "play yesterday", "topic": 0}] * 40 + [{"text": "weather in rome ?", "mood": 1}] * 4
-    learn = with_labels(TextSplit(texts, tasks, tokenizer), ["mood"])
+    learn = with_labels(model, TextSplit(texts, tasks, tokenizer), ["mood"])
     assert len(learn) == 4 and all("mood" in learn[i] for i in range(4))
     moe_mtl.finetune(model, TextSplit(texts, tasks, tokenizer), tasks="mood", val=learn, **FAST)
     assert model.finetuning.after["mood"]["accuracy"] == 1.0
+
+
+def test_samples_in_a_list_are_held_out_among_those_with_labels():
+    samples = [{**s, "room": s["room"] if i % 3 == 0 else [None, torch.tensor(-100)][i % 2]}
+               for i, s in enumerate(rooms(60))]  # fmt: skip
+    learn, held, names = samples_of(vit(), samples, None, 0, ["room"])
+    assert names == ["room"] and (len(learn), len(held)) == (16, 4)
+    assert all(s["room"] is not None and s["room"] >= 0 for part in (learn, held) for s in part)
+    few = [{**s, "room": s["room"] if i % 12 == 0 else None} for i, s in enumerate(rooms(40))]
+    model = moe_mtl.finetune(vit(), few, tasks=["room"], **FAST)
+    assert model.finetuning.steps == model.finetuning.kept == FAST["steps"]  # too few to hold some out
+    assert not model.finetuning.before
+
+
+def test_validation_samples_without_a_label_are_refused():
+    without = [{**s, "room": None} for s in rooms(8)]
+    with pytest.raises(ValueError, match="val: none of the 8 samples .* has a label of room; .* val=False"):
+        moe_mtl.finetune(vit(), rooms(8), val=without, **FAST)

@@ -20,6 +20,7 @@ ALLOWED = {
     "experts": {"routing", "kernels"},
     "layers": {"routing", "gates", "experts"},
     "heads": {"tasks"},
+    "as_trained": {"columns", "data", "tasks"},
     "activity": {"expert_stack", "multitask"},
     "lenet": set(),
     "columns": {"tasks"},
@@ -54,7 +55,7 @@ ALLOWED = {
     "distilling": {"batches", "multitask", "samples", "trainer_config"},
     "pruning": {"calibration", "distilling", "multitask", "samples", "scoring", "sparse", "tasks", "thinning"},
     "similarity": {"batches", "data", "heads", "multitask", "tasks", "vector"},
-    "samples": {"batches", "data", "multitask"},
+    "samples": {"as_trained", "batches", "data", "multitask", "tasks"},
     "new_experts": {"diagnostics", "expert_stack", "multitask", "vector"},
     "new_task": {"diagnostics", "gates", "multitask", "new_experts", "samples", "similarity", "tasks"},
     "fine_tuning": {
@@ -96,7 +97,7 @@ ALLOWED = {
     "early_stopping": set(),
     "parameter_groups": {"trainer_config"},
     "trainer": {
-        *("balancing", "batches", "checkpoint", "data", "early_stopping", "gates", "hub", "multitask"),
+        *("as_trained", "balancing", "batches", "checkpoint", "data", "early_stopping", "gates", "hub", "multitask"),
         *(
             "parameter_groups",
             "regularizers",

@@ -1,6 +1,5 @@
 """From a data frame to columns, tensors and splits: what every table data set goes through."""
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from moe_mtl.columns import COLUMN_KINDS, Column, of_kind, read_columns
+from moe_mtl.data._values import as_text, check_names, has_numbers, has_sets, places, read_numbers, read_sets
 from moe_mtl.tasks import CLASS_KINDS, Task, nearest
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 EDGES = 16  # bins of a numeric column between quantiles of its rows, and as many between those of its distinct values
-SEPARATOR = "|"  # between the members of a multihot entry that is text
+STEPS = 64  # of float32 that a standard deviation of a numeric column should have
 
 
 class TableSplit(Dataset):
@@ -161,64 +161,42 @@ def fit_column(values: "Series", kind: str | None = None) -> Column | None:
 
     Numbers (booleans aside) are numeric, lists multihot, everything else categorical, unless `kind` says otherwise.
     """
-    from pandas.api.types import is_bool_dtype, is_numeric_dtype
-
     name = str(values.name)
     if kind is None:
-        first = values.dropna().iloc[0] if values.notna().any() else None
-        number = is_numeric_dtype(values) and not is_bool_dtype(values)
-        kind = (
-            "numeric" if number else "multihot" if isinstance(first, list | tuple | set | frozenset) else "categorical"
-        )
+        kind = "numeric" if has_numbers(values) else "multihot" if has_sets(values) else "categorical"
     if kind == "numeric":
-        numbers = read_numbers(values)
-        seen = numbers[~np.isnan(numbers)]
-        missing = bool(np.isnan(numbers).any())
-        if not len(seen) or seen.min() == seen.max():
-            return None
-        levels = np.linspace(0, 1, EDGES + 1)
-        # quantiles of the rows alone would put no edge among the few large values of a column that is mostly zero
-        edges = np.unique(np.quantile(seen, levels).tolist() + np.quantile(np.unique(seen), levels).tolist()).tolist()
-        return Column(
-            name=name, kind="numeric", mean=float(seen.mean()), std=float(seen.std()), edges=edges, has_missing=missing
-        )
+        return fit_numbers(name, read_numbers(values))
     if kind == "multihot":
-        found = sorted({member for members in values.map(members_of) for member in members})
+        found = sorted({member for members in read_sets(values) for member in members})
         return Column(name=name, kind="multihot", categories=found) if found else None
-    found = sorted(values.dropna().astype(str).unique())
-    constant = not found or (len(found) == 1 and not values.isna().any())
+    texts = as_text(values)
+    found = sorted({text for text in texts if text is not None})
+    constant = not found or (len(found) == 1 and None not in texts)
     return None if constant else Column(name=name, kind="categorical", categories=found)
 
 
-def read_numbers(values: "Series") -> NDArray[np.float64]:
-    """Numbers of a column, NaN where there is none.
-
-    Raises:
-        ValueError: some entries are no numbers, or are infinite.
-    """
-    from pandas import to_numeric
-
-    numbers = to_numeric(values, errors="coerce")
-    wrong = numbers.isna() & values.notna()
-    if wrong.any():
-        raise ValueError(
-            f"columns: {values.name!r} is numeric, but {int(wrong.sum())} of {len(values)} rows are no numbers, such "
-            f"as {values[wrong].tolist()[0]!r}; mend them, or give it the kind categorical"
+def fit_numbers(name: str, numbers: NDArray[np.float64]) -> Column | None:
+    """A numeric column, NaN where missing; None when it is constant. Warns where float32 takes values for one."""
+    seen = numbers[~np.isnan(numbers)]
+    missing = len(seen) < len(numbers)
+    if not len(seen) or (seen.min() == seen.max() and not missing):
+        return None
+    distinct, mean, std = np.unique(seen), float(seen.mean()), float(seen.std())
+    if len(distinct) == 1:  # what it tells is whether there is a value
+        return Column(name=name, kind="numeric", mean=mean, has_missing=True)
+    step = float(np.spacing(np.float32(np.abs(seen).max())))
+    kept = len(np.unique(distinct.astype(np.float32)))
+    if step * STEPS > std and kept < len(distinct):
+        warnings.warn(
+            f"column {name!r}: float32 keeps {kept} of {len(distinct)} distinct values, in steps of {step:g} at a "
+            f"standard deviation of {std:.3g}; subtract its smallest value, split it, as a time into day and hour, or "
+            "give it the kind categorical",
+            stacklevel=2,
         )
-    array = numbers.to_numpy(dtype=np.float64, na_value=math.nan)
-    if np.isinf(array).any():
-        raise ValueError(
-            f"columns: {values.name!r} is infinite in {int(np.isinf(array).sum())} of {len(values)} rows; write a "
-            "missing value as an empty field"
-        )
-    return array
-
-
-def members_of(entry: Any) -> list[str]:
-    """The members of one multihot entry: a list, text with members between `|`, or nothing."""
-    if isinstance(entry, str):
-        return [member for member in entry.split(SEPARATOR) if member]
-    return [str(member) for member in entry] if isinstance(entry, list | tuple | set | frozenset) else []
+    levels = np.linspace(0, 1, EDGES + 1)
+    # quantiles of the rows alone would put no edge among the few large values of a column that is mostly zero
+    edges = np.unique(np.quantile(seen, levels).tolist() + np.quantile(distinct, levels).tolist()).tolist()
+    return Column(name=name, kind="numeric", mean=mean, std=std, edges=edges, has_missing=missing)
 
 
 # ---- encoding -------------------------------------------------------------------------------------------------------
@@ -239,10 +217,9 @@ def encode_rows(
         vectors: values [b, size] of the columns of kind vector.
 
     Raises:
-        ValueError: a column is missing, or a numeric one holds something else than numbers.
+        ValueError: a column is missing or there twice, a numeric one holds something else than numbers or one that
+            float32 cannot hold, or a multihot one something else than sets.
     """
-    from pandas import Index
-
     rows: dict[str, Tensor] = {}
     columns = read_columns(columns)
     for column in columns:
@@ -251,26 +228,23 @@ def encode_rows(
                 f"columns: the {len(frame)} rows have no column {column.name!r}; "
                 f"{nearest(column.name, map(str, frame.columns))}"
             )
+    check_names(frame, (column.name for column in columns))
     if numbers := of_kind(columns, "numeric"):
         found = np.stack([read_numbers(frame[column.name]) for column in numbers], axis=1)
         rows["numeric"] = torch.from_numpy(found.astype(np.float32))
     if categories := of_kind(columns, "categorical"):
-        ids = [
-            Index(column.categories).get_indexer(Index(frame[column.name].astype(object).map(str)))
-            * frame[column.name].notna().to_numpy()
-            + frame[column.name].notna().to_numpy()
-            for column in categories
-        ]
-        rows["categorical"] = torch.from_numpy(np.stack(ids, axis=1).astype(np.int64))
+        ids = []
+        for column in categories:
+            place = places(column.categories)
+            ids.append([0 if text is None else place.get(text, -1) + 1 for text in as_text(frame[column.name])])
+        rows["categorical"] = torch.tensor(ids, dtype=torch.int64).T.contiguous()
     if sets := of_kind(columns, "multihot"):
         found = np.zeros((len(frame), sum(column.width for column in sets)), dtype=np.float32)
         first = 0
         for column in sets:
-            place = {member: first + i for i, member in enumerate(column.categories)}
-            for row, entry in enumerate(frame[column.name]):
-                for member in members_of(entry):
-                    if member in place:
-                        found[row, place[member]] = 1.0
+            place = places(column.categories)
+            for row, members in enumerate(read_sets(frame[column.name])):
+                found[row, [first + place[member] for member in members if member in place]] = 1.0
             first += column.width
         rows["multihot"] = torch.from_numpy(found)
     if sized := of_kind(columns, "vector"):

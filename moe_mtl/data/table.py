@@ -9,18 +9,20 @@ a label with two values is a binary task, numbers with a fraction or many values
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_mtl.data._frames import SPLITS, Source, TableData, random_parts, read_numbers
+from moe_mtl.data._frames import SPLITS, Source, TableData, random_parts
+from moe_mtl.data._values import SETS, as_text, has_numbers, read_numbers
 from moe_mtl.tasks import Task, nearest
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 MOST_CLASSES = 20  # whole numbers with more values are taken for a regression
+GAPS = ("NaN", "nan", "NA", "N/A", "NULL", "null")  # how writers of CSV mark a missing number
 LABEL_KINDS = ("binary", "classification", "regression")
 
 
@@ -29,7 +31,8 @@ class Table(TableData):
     """A table in a file.
 
     A row may lack any label: an empty field. Empty fields of input columns are values of their own: the mean and a mark
-    in numeric columns, the id of unseen categories in categorical ones. Constant columns are left out, with a warning.
+    in numeric columns, the id of unseen categories in categorical ones. NaN, NA, N/A and NULL are missing, too, in a
+    column that holds numbers else; in one of text they are text. Constant columns are left out, with a warning.
 
     Attributes:
         root: the file: CSV or TSV (also compressed) or Parquet.
@@ -38,7 +41,8 @@ class Table(TableData):
         kinds: kinds of input columns where the guess is wrong: numeric, categorical or multihot (members between `|`).
         drop: input columns to leave out, such as row numbers.
         split_by: a column that says "train", "val" or "test" per row; None to draw the splits.
-        group: a column whose rows of one value stay in one split, as those of a user; it is not an input.
+        group: a column whose rows of one value stay in one split, as those of a user; it is not an input. A row
+            without a value is drawn alone.
         val: share of the rows, or groups, drawn for validation.
         test: share of the rows, or groups, drawn for testing.
         seed: of the draw.
@@ -72,15 +76,15 @@ class Table(TableData):
                     f"columns: {self.root} ({len(frame)} rows) has no column {name!r}; {nearest(name, frame.columns)}"
                 )
         if self.split_by:
-            part = frame[self.split_by].astype(str).to_numpy().astype("<U5")
-            wrong = ~np.isin(part, SPLITS)
+            said = np.array([text or "" for text in as_text(frame[self.split_by])])
+            wrong, part = ~np.isin(said, SPLITS), said.astype("<U5")
             if wrong.any():
                 raise ValueError(
                     f"split_by: {self.split_by!r} is {frame[self.split_by][wrong].tolist()[0]!r} in one of "
                     f"{int(wrong.sum())} rows of {len(frame)}; expected {', '.join(SPLITS)}"
                 )
         else:
-            groups = None if self.group is None else frame[self.group].astype(str).to_numpy()
+            groups = None if self.group is None else number_groups(frame[self.group])
             part = random_parts(len(frame), self.val, self.test, self.seed, groups)
         read = {name: read_label(frame[name], kind or None, part == "train") for name, _, kind in wanted}
         return Source(
@@ -92,12 +96,19 @@ class Table(TableData):
         )
 
 
+def number_groups(values: "Series") -> NDArray[np.int64]:
+    """A number for every row, the same for rows of one value; rows without a value have one each."""
+    texts = as_text(values)
+    number = {text: i for i, text in enumerate(sorted({text for text in texts if text is not None}))}
+    return np.array([len(number) + row if text is None else number[text] for row, text in enumerate(texts)])
+
+
 def read_frame(root: str | None) -> "DataFrame":
     """A CSV, TSV or Parquet file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no file is named, its name ends otherwise, or it holds no rows.
+        ValueError: no file is named, its name ends otherwise, it holds no rows, or two columns have one name.
     """
     import pandas
 
@@ -112,8 +123,13 @@ def read_frame(root: str | None) -> "DataFrame":
     try:
         if name.endswith(".parquet"):
             frame = pandas.read_parquet(path)
+            names = [str(column) for column in frame.columns]
         else:
-            frame = pandas.read_csv(path, sep="\t" if ".tsv" in name else ",")
+            # an empty field alone is missing: "None" and "NA" are values of many a column. All of a column at once,
+            # lest the parts of a long one are read as different types
+            how: dict[str, Any] = {"sep": "\t" if ".tsv" in name else ",", "keep_default_na": False}
+            frame = pandas.read_csv(path, na_values=[""], low_memory=False, **how)
+            names = [name for name in pandas.read_csv(path, header=None, nrows=1, dtype=str, **how).iloc[0] if name]
     except (ValueError, OSError) as error:  # pandas' own errors are of these kinds
         raise ValueError(f"root: {path} cannot be read as a table ({str(error).strip()})") from error
     if not len(frame):
@@ -123,8 +139,22 @@ def read_frame(root: str | None) -> "DataFrame":
             f"root: rows of {path} have more fields than its first line has names; name every column, and put a field "
             'that holds the separator between "quotes"'
         )
+    if twice := sorted({name for name in names if names.count(name) > 1}):  # pandas would call the second x.1
+        raise ValueError(f"root: {path} has several columns {', '.join(map(repr, twice))}; rename or drop all but one")
     frame.columns = [str(column) for column in frame.columns]
-    return frame
+    return frame if name.endswith(".parquet") else frame.apply(read_gaps)
+
+
+def read_gaps(values: "Series") -> "Series":
+    """A column of text as numbers, if all of it is but for marks of missing ones; any other column as it is."""
+    from pandas import to_numeric
+    from pandas.api.types import is_string_dtype
+
+    gaps = values.isin(GAPS) if is_string_dtype(values) else None
+    if gaps is None or not gaps.any():
+        return values
+    numbers = to_numeric(values[~gaps].dropna(), errors="coerce")
+    return values if not len(numbers) or numbers.isna().any() else numbers.reindex(values.index)
 
 
 def read_label(values: "Series", kind: str | None, train: NDArray) -> tuple[Task, NDArray]:
@@ -141,15 +171,26 @@ def read_label(values: "Series", kind: str | None, train: NDArray) -> tuple[Task
     Raises:
         ValueError: the kind is unknown or does not fit; a value that no training row has.
     """
-    from pandas.api.types import is_bool_dtype, is_float_dtype, is_numeric_dtype
+    from pandas import CategoricalDtype, Series
+    from pandas.api.types import is_float_dtype
 
-    name, seen = str(values.name), values[train].dropna()
+    name = str(values.name)
+    if isinstance(values.dtype, CategoricalDtype):
+        values = values.astype(object)
+    elif has_numbers(values) and values.dtype == object:  # decimals
+        values = Series(read_numbers(values), index=values.index, name=name)
+    if any(isinstance(value, SETS) for value in values):
+        raise ValueError(f"tasks: {name!r} holds lists, expected one value per row; write a column per value")
+    seen = values[train].dropna()
     if kind is not None and kind not in LABEL_KINDS:
         raise ValueError(f"tasks: {name!r} has the unknown kind {kind!r}; {nearest(kind, LABEL_KINDS)}")
     if not len(seen):
         raise ValueError(f"tasks: {name!r} has no label in {int(train.sum())} training rows; leave it out of the tasks")
-    number = is_numeric_dtype(values) and not is_bool_dtype(values)
-    distinct = sorted(seen.unique())
+    number = has_numbers(values)
+    try:
+        distinct = sorted(seen.unique())
+    except TypeError:  # of several types
+        distinct = sorted(seen.unique(), key=str)
     if kind is None:
         whole = not is_float_dtype(seen) or bool((seen % 1 == 0).all())
         many = number and (not whole or len(distinct) > MOST_CLASSES)
@@ -169,14 +210,14 @@ def read_label(values: "Series", kind: str | None, train: NDArray) -> tuple[Task
             "labelled training rows; a binary label has two; give it the kind classification or regression"
         )
     place = {value: i for i, value in enumerate(distinct)}
-    found = values.map(place)
-    strange = found.isna() & values.notna()
+    found = values.map(place).to_numpy(dtype=np.float64, na_value=np.nan)
+    strange = np.isnan(found) & values.notna().to_numpy()
     if strange.any():
         raise ValueError(
             f"tasks: {name!r} is {values[strange].tolist()[0]!r} in {int(strange.sum())} rows of {len(values)}, "
             "which no training row has; drop these rows, empty the field, or draw the splits with another seed"
         )
     if kind == "binary":
-        return Task.binary(name), found.to_numpy(dtype=np.float64, na_value=np.nan)
+        return Task.binary(name), found
     task = Task.classification(name, len(distinct), classes=tuple(map(str, distinct)))
-    return task, found.fillna(task.ignore_index).to_numpy(dtype=np.int64)
+    return task, np.where(np.isnan(found), task.ignore_index, found).astype(np.int64)
