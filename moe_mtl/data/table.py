@@ -129,7 +129,8 @@ def read_frame(root: str | None) -> "DataFrame":
             # lest the parts of a long one are read as different types
             how: dict[str, Any] = {"sep": "\t" if ".tsv" in name else ",", "keep_default_na": False}
             frame = pandas.read_csv(path, na_values=[""], low_memory=False, **how)
-            names = [name for name in pandas.read_csv(path, header=None, nrows=1, dtype=str, **how).iloc[0] if name]
+            first = pandas.read_csv(path, header=None, nrows=1, dtype=str, **how).iloc[0]
+            names = [given for given in first if given]
     except (ValueError, OSError) as error:  # pandas' own errors are of these kinds
         raise ValueError(f"root: {path} cannot be read as a table ({str(error).strip()})") from error
     if not len(frame):
