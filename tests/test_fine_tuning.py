@@ -388,5 +388,5 @@ def test_samples_in_a_list_are_held_out_among_those_with_labels():
 
 def test_validation_samples_without_a_label_are_refused():
     without = [{**s, "room": None} for s in rooms(8)]
-    with pytest.raises(ValueError, match="val: none of the 8 samples .* has a label of room; .* val=False"):
+    with pytest.raises(ValueError, match=r"val: none of the 8 samples .* has a label of room; .* val=False"):
         moe_mtl.finetune(vit(), rooms(8), val=without, **FAST)
