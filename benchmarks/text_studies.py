@@ -29,14 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout 
 import study
 import torch
 from accelerate.utils import set_seed
-from torch import Tensor
 
 from moe_mtl.batches import in_order, shares
-from moe_mtl.bio import best_tags
 from moe_mtl.data import NLUMix
 from moe_mtl.diagnostics import BRIEF, ExpertUsage, diagnose
 from moe_mtl.hub import load
 from moe_mtl.memory import keep_freed_memory
+from moe_mtl.metrics import ConstrainedSpanF1, SpanF1
 from moe_mtl.models.text_adapters import average_adapters
 from moe_mtl.new_task import train_only
 from moe_mtl.recipes import ModelConfig, Recipe, get_recipe
@@ -69,8 +68,8 @@ def watch(model: Any, data: Any) -> dict[str, Any]:
     """Routing on validation texts; and how many requests are right in everything, where intent and slots are asked."""
     found: dict[str, Any] = {"routing": routing(model, data.split("val"))}
     if {"snips_intent", "snips_slots"} <= {task.name for task in model.tasks}:
-        for name, decode in DECODERS.items():
-            found[name] = {split: exact_match(model, data.split(split), decode) for split in ("val", "test")}
+        for name, metric in DECODERS.items():
+            found[name] = {split: exact_match(model, data.split(split), metric) for split in ("val", "test")}
     return found
 
 
@@ -86,31 +85,20 @@ def routing(model: Any, dataset: Any) -> dict[str, Any]:
     return {layer: {key: found[key] for key in BRIEF} for layer, found in layers.items()}
 
 
-def constrained(logits: Tensor, tags: Tensor, classes: Sequence[str]) -> Tensor:
-    """The likeliest sequence of tags that is one of spans."""
-    return best_tags(logits, tags >= 0, classes)
-
-
-def one_by_one(logits: Tensor, tags: Tensor, classes: Sequence[str]) -> Tensor:
-    """The best tag of each token."""
-    return logits.argmax(dim=1)
-
-
-Decode = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
-DECODERS: dict[str, Decode] = {"constrained_exact_match": constrained, "exact_match": one_by_one}
+DECODERS: dict[str, type[SpanF1]] = {"constrained_exact_match": ConstrainedSpanF1, "exact_match": SpanF1}
 
 
 @torch.no_grad()
-def exact_match(model: Any, dataset: Any, decode: Decode) -> float:
-    """Share of the requests of SNIPS whose intent and every slot tag are right."""
+def exact_match(model: Any, dataset: Any, metric: type[SpanF1]) -> float:
+    """Share of the requests of SNIPS whose intent and every slot tag are right, tags decoded as a metric does."""
     rows = dataset.sources["snips"]
     (task,) = (task for task in model.tasks if task.name == "snips_slots")
-    right = total = 0
+    decode, right, total = metric(task.classes).decode, 0, 0
     for start in range(0, len(rows), study.TEXTS):
         batch = dataset.__getitems__(rows[start : start + study.TEXTS])
         found = model(batch[model.input], tasks=["snips_intent", "snips_slots"])
         tags = batch["snips_slots"]
-        slots = ((decode(found["snips_slots"], tags, task.classes) == tags) | (tags < 0)).all(dim=1)
+        slots = ((decode(found["snips_slots"], tags >= 0) == tags) | (tags < 0)).all(dim=1)
         right += int((slots & (found["snips_intent"].argmax(dim=1) == batch["snips_intent"])).sum())
         total += len(tags)
     return right / total

@@ -72,7 +72,7 @@ ALLOWED = {
     "predictor": {"answers", "bounded", "hub", "inputs", "locate", "multitask", "tasks"},
     "card_page": set(),
     "folder_card": {"card_page", "registry"},
-    "data": {"columns", "tasks"},
+    "data": {"bio", "columns", "tasks"},
     "metrics": {"bio", "tasks"},
     "scoring": {"metrics", "tasks"},
     "statistics": set(),

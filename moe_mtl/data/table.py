@@ -188,10 +188,7 @@ def read_label(values: "Series", kind: str | None, train: NDArray) -> tuple[Task
     if not len(seen):
         raise ValueError(f"tasks: {name!r} has no label in {int(train.sum())} training rows; leave it out of the tasks")
     number = has_numbers(values)
-    try:
-        distinct = sorted(seen.unique())
-    except TypeError:  # of several types
-        distinct = sorted(seen.unique(), key=str)
+    distinct = sorted(seen.unique())
     if kind is None:
         whole = not is_float_dtype(seen) or bool((seen % 1 == 0).all())
         many = number and (not whole or len(distinct) > MOST_CLASSES)

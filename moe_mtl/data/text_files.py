@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from moe_mtl.bio import is_bio
 from moe_mtl.data._frames import random_parts
 from moe_mtl.data._reading import TextError, bio_classes, class_ids
 from moe_mtl.data._text_tables import Row, TextTable, read_tables
@@ -198,7 +199,7 @@ def _read_labels(name: str, kind: str, cells: _Cells) -> tuple[Task, list[Any]]:
     seen = {part for parts in found if parts for part in parts if part is not None}
     classes = list(cells.classes or sorted(seen))
     if kind == "tagging":
-        spans = "O" in classes and all(tag == "O" or tag[:2] in ("B-", "I-") for tag in classes)
+        spans = "O" in classes and is_bio(classes)
         classes = bio_classes(classes) if spans and not cells.classes else classes
         task = Task.tagging(name, classes, metric="constrained_span_f1" if spans else "accuracy")
     elif kind == "multilabel":
