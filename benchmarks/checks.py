@@ -32,6 +32,7 @@ SIZES = {
     "activation": ("gelu", "silu", "relu"),
     "ids": ("any", "some unused", "one expert empty", "one expert", "none used"),
 }
+EIGHT_ROUNDINGS = 1e-6  # of float32, relative to the norm
 LEAVES = ("x", "w1", "b1", "w2", "b2", "gates")
 
 
@@ -266,6 +267,10 @@ def _judged(names: list[str], pools: tuple[list, list, list], what: str) -> Repo
 
 
 def _breaks(actual: Tensor, oracle: Tensor, baseline: Tensor, name: str) -> str | None:
+    """What the tolerance rule says. Exact float32 sums, which libraries make in blocks, pass within `EIGHT_ROUNDINGS`."""
+    exact = actual.dtype == torch.float32 and bool(actual.isfinite().all())
+    if exact and (actual - oracle).norm() <= EIGHT_ROUNDINGS * oracle.norm():
+        return None
     try:
         assert_matches(actual, oracle, baseline, name)
     except AssertionError as error:

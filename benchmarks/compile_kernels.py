@@ -57,7 +57,7 @@ class Launch:
     @property
     def name(self) -> str:
         constants = dict(self.constants)
-        dtype = next(kind for _, kind in self.signature if kind.startswith("*"))[1:]
+        dtype = re.search(r"[a-z]+\d+", self.signature[0][1]).group()
         parts = [
             self.kernel.removesuffix("_kernel"),
             "tf32" if constants.get("PRECISION") == "tf32" and dtype == "fp32" else dtype,
@@ -65,7 +65,7 @@ class Launch:
         parts += [str(constants[c]) for c in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_H") if c in constants]
         parts += [str(constants["ACTIVATION"])] if "ACTIVATION" in constants else []
         parts += [flag.lower() for flag, value in self.constants if value is True]
-        return " ".join([*parts, *(f"{key[4]}{value}" for key, value in self.options)])
+        return " ".join([*parts, *(f"{key.removeprefix('num_')[0]}{value}" for key, value in self.options)])
 
 
 def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
@@ -77,6 +77,7 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
         lines: takes the lines of the table that were used.
     """
     import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     dtype = DTYPES[kind]
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
@@ -91,7 +92,7 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
         used.add(line)
         return line.config
 
-    def record(function, *args, grid, warmup, num_warps=4, num_stages=3, **constants):
+    def record(function, *args, grid, warmup, num_warps=4, num_stages=3, maxnreg=None, **constants):
         given = dict(zip(function.arg_names, args, strict=False)) | constants
         free = {p.name for p in function.params if p.do_not_specialize}  # compiled for any value
         signature, constant, aligned = [], [], []
@@ -99,6 +100,9 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
             if isinstance(value, torch.Tensor):
                 signature.append((name, POINTERS[value.dtype]))
                 aligned.append(name)
+            elif isinstance(value, TensorDescriptor):
+                block = ",".join(map(str, value.block_shape))
+                signature.append((name, f"tensordesc<{POINTERS[value.base.dtype][1:]}[{block}]>"))
             elif name in free:
                 signature.append((name, "i32"))
             elif name.isupper() or value is None or value == 1:
@@ -108,6 +112,7 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
                 signature.append((name, "i32"))
                 aligned += [name] * (value % 16 == 0)
         options = (("num_warps", num_warps), ("num_stages", num_stages))
+        options += (("maxnreg", maxnreg),) if maxnreg else ()
         module = function.fn.__module__
         key = Launch(module, function.fn.__name__, arch, tuple(signature), tuple(constant), tuple(aligned), options)
         found.add(key)

@@ -86,7 +86,7 @@ def table(device: torch.device) -> Step:
 
 def plans(device: torch.device) -> Step:
     """Sort tables of few and many slots and experts."""
-    many = (1, 3, 64, 2049, 32256, 100864) if device.type == "cuda" else (3, 130)
+    many = (1, 3, 64, 2049, 8192, 8193, 32256, 100864) if device.type == "cuda" else (3, 130)
     for rows in many:
         for experts in (1, 2, 5, 16, 64, 127) if device.type == "cuda" else (5,):
             for dtype in (torch.int32, torch.int64):

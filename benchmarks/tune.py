@@ -41,28 +41,35 @@ from moe_mtl.kernels.configs import Config, Entry  # noqa: E402
 MOST_CONFIGS = 12
 COMPILE_SHARE = 0.55  # of the seconds
 AGREE = {16: 2e-2, 32: 5e-3}  # relative difference to the result of the table's config
-ROW_TILES = {  # block_m, block_n, block_k, warps, stages, epilogues
+ROW_TILES = {  # block_m, block_n, block_k, warps, stages, epilogues, registers
     16: (
-        (64, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 128, 32, 8, 4), (128, 256, 64, 8, 3, 2), (64, 64, 64, 4, 4),
-        (64, 256, 64, 8, 3, 2), (128, 64, 64, 4, 4), (32, 128, 64, 4, 4), (128, 128, 64, 8, 3, 2), (32, 64, 64, 4, 5),
+        (128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (64, 64, 64, 4, 4), (128, 128, 64, 4, 3),
+        (128, 256, 64, 8, 3), (64, 128, 64, 4, 4), (32, 128, 64, 4, 4), (32, 64, 64, 4, 5),
     ),
     32: (
         (64, 128, 32, 4, 3), (128, 64, 32, 4, 3), (128, 128, 32, 8, 3), (64, 64, 16, 4, 4), (128, 128, 16, 8, 3),
         (32, 128, 32, 4, 3), (64, 128, 32, 8, 2),
     ),
 }  # fmt: skip
+FINISHED = (  # kernels that do more than store a tile: in parts, and with room for a second program beside the first
+    (128, 128, 64, 8, 3, 2, 128), (128, 128, 64, 8, 3, 4), (64, 128, 64, 4, 3), (64, 128, 64, 4, 3, 2, 168),
+    (64, 128, 64, 4, 3, 4, 168), (128, 64, 64, 8, 3, 2, 128), (128, 256, 64, 8, 3, 4), (64, 64, 64, 4, 4),
+    (128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (32, 128, 64, 4, 4),
+)  # fmt: skip
 LISTED = {
+    "up": {16: FINISHED, 32: ROW_TILES[32]},
+    "hidden_grad": {16: FINISHED, 32: ROW_TILES[32]},
     "weight_grad": {
         16: (
-            (128, 128, 64, 8, 4), (128, 128, 32, 8, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4), (64, 64, 128, 4, 3),
-            (64, 128, 128, 8, 3), (128, 256, 64, 8, 3), (128, 256, 32, 8, 3), (64, 64, 64, 4, 4),
+            (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 4),
+            (64, 64, 64, 4, 4), (128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 4, 4),
         ),
         32: ((64, 64, 32, 4, 3), (128, 64, 16, 4, 3), (64, 128, 16, 4, 3), (128, 128, 16, 8, 3), (32, 64, 32, 4, 3)),
     },
     "fused": {
         16: (
-            (64, 64, 32, 4, 2), (64, 64, 32, 8, 2), (64, 64, 64, 8, 2), (128, 64, 32, 8, 2), (64, 128, 32, 8, 2),
-            (64, 64, 32, 4, 3), (32, 64, 64, 4, 2), (32, 128, 32, 4, 2), (128, 128, 32, 8, 2),
+            (64, 64, 64, 4, 2), (64, 64, 64, 8, 2), (64, 64, 32, 4, 3), (128, 64, 64, 8, 2), (128, 64, 32, 8, 3),
+            (64, 128, 64, 8, 2), (64, 128, 32, 4, 2), (64, 128, 32, 8, 3), (128, 128, 32, 8, 2), (64, 64, 32, 4, 4),
         ),
         32: (),
     },
@@ -89,8 +96,12 @@ class Problem:
 def candidates(kernel: str, bits: int, lines: list[Entry]) -> list[Config]:
     """Configs to try: those in the lines of a chip, then listed ones; `MOST_CONFIGS` at most."""
     mine = [entry.config for entry in lines if (entry.kernel, entry.bits) == (kernel, bits)]
-    listed = [Config(*sizes[:5], epilogues=(*sizes, 1)[5]) for sizes in LISTED.get(kernel, ROW_TILES)[bits]]
+    listed = [_config(*sizes) for sizes in LISTED.get(kernel, ROW_TILES)[bits]]
     return list(dict.fromkeys([*mine, *listed]))[:MOST_CONFIGS]
+
+
+def _config(m: int, n: int, k: int, warps: int, stages: int, epilogues: int = 1, registers: int | None = None) -> Config:
+    return Config(m, n, k, warps, stages, epilogues=epilogues, registers=registers)
 
 
 def problems(shape: Shape, kind: str, device: torch.device, processors: int) -> list[Problem]:
@@ -108,8 +119,8 @@ def problems(shape: Shape, kind: str, device: torch.device, processors: int) -> 
         return torch.randn(size, device=device, dtype=DTYPES[kind])
 
     e, d, h, k, wide, rows = shape.experts, shape.dim, shape.hidden, shape.k, shape.wide, shape.rows
-    sizes = ((shape.tokens, d), (shape.tokens, d), (rows, wide), (rows, wide), (rows, h))
-    x, dy, z, dz, hidden = (values(*size) for size in sizes)
+    sizes = ((shape.tokens, d), (rows, d), (rows, wide), (rows, wide), (rows, h))
+    x, dys, z, dz, hidden = (values(*size) for size in sizes)
     w1, w2 = values(e, wide, d) / d**0.5, values(e, d, h) / h**0.5
     b1, b2 = (None, None) if shape.glu else (values(e, wide), values(e, d))
     gates, sort = torch.rand(shape.tokens, k, device=device), _plan(shape, device)
@@ -129,13 +140,12 @@ def problems(shape: Shape, kind: str, device: torch.device, processors: int) -> 
         return (down(dz, w1, None, sort.order, tiles(c), exact, c, out=out, transposed=True),)
 
     def run_hidden_grad(c: Config) -> tuple[Tensor, ...]:
-        need = {"need_dz": True, "need_ph": True, "need_parts": True}
-        return hidden_grad(dy, w2, z, gates, sort.order, tiles(c), act, glu, exact, c, **need)
+        need = {"need_dz": True, "need_ph": True, "need_parts": True, "need_sums": b1 is not None}
+        return hidden_grad(dys, w2, z, gates, sort.order, tiles(c), act, glu, exact, c, **need)
 
     def run_weight_grad(first: bool, c: Config) -> tuple[Tensor, ...]:
-        a, b = (dz, x) if first else (dy, hidden)
-        how = {"gather_b": True} if first else {"gather_a": True, "scale": gates}
-        return weight_grad(a, b, sort.order, sort.offsets, k, exact, c, processors, bias=b1 is not None, **how)
+        a, b = (dz, x) if first else (dys, hidden)
+        return (weight_grad(a, b, sort.order, sort.offsets, k, exact, c, processors, gather=first),)
 
     def run_fused(c: Config) -> tuple[Tensor, ...]:
         return (fused(x, w1, b1, w2, b2, sort.order, tiles(c), k, act, exact, c),)
@@ -282,9 +292,11 @@ def _current(lines: list[Entry], bucket: Bucket) -> Config:
 
 
 def _comparable(problem: Problem, config: Config) -> list[Tensor]:
-    """Results that do not depend on the config: the parts of the gates' gradient are added up."""
-    results = [t for t in problem.run(config) if t is not None and t.numel()]
-    return [t.sum(0) if problem.kernel == "hidden_grad" and i == 2 else t for i, t in enumerate(results)]
+    """Results that do not depend on the config: the parts of the gates' gradient are added up, sums of tiles left out."""
+    results = problem.run(config)
+    if problem.kernel == "hidden_grad":
+        results = (results[0], results[1], results[2].sum(0))
+    return [t for t in results if t.numel()]
 
 
 def _wrong(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> str:
@@ -325,6 +337,7 @@ def report(found: Found, chosen: dict[Bucket, Config], lines: list[Entry]) -> li
 
 def short(config: Config) -> str:
     more = f" epilogues {config.epilogues}" if config.epilogues != 1 else ""
+    more += f" registers {config.registers}" if config.registers else ""
     return f"{config.block_m}x{config.block_n}x{config.block_k} w{config.warps} s{config.stages}{more}"
 
 

@@ -26,6 +26,8 @@ class Config:
         stages: steps in flight.
         group: row tiles that use a column of weights before the next column's turn.
         epilogues: 2 finishes the columns of a tile in two halves, which saves registers.
+        registers: per thread, at most; None for as many as the compiler wants. Few let two programs share a processor,
+            so that one multiplies while the other finishes its tile.
     """
 
     block_m: int
@@ -35,6 +37,7 @@ class Config:
     stages: int = 3
     group: int = 8
     epilogues: int = 1
+    registers: int | None = None
 
 
 INTERPRETED = Config(32, 32, 32)

@@ -17,6 +17,7 @@ from moe_mtl.kernels.triton_down import down
 from moe_mtl.kernels.triton_fused import fused, fused_fits
 from moe_mtl.kernels.triton_gate_grad import gate_grad
 from moe_mtl.kernels.triton_hidden_grad import hidden_grad
+from moe_mtl.kernels.triton_sorted_grad import HEIGHT, bias_grad, sorted_grad
 from moe_mtl.kernels.triton_up import up
 from moe_mtl.kernels.triton_weight_grad import weight_grad
 
@@ -40,9 +41,12 @@ class _Launch:
         config = self.config("down", out.shape[1])
         return down(a, w, b, self.plan.order, self.tiles(config), self.precision, config, out=out, **how)
 
-    def weight_grad(self, a: Tensor, b: Tensor, k: int, **how: Any) -> tuple[Tensor, Tensor | None]:
+    def sorted_grad(self, dy: Tensor, gates: Tensor | None, b: Tensor | None, k: int, **need: bool):
+        return sorted_grad(dy, gates, b, self.plan.order, tiles_of(self.plan, HEIGHT), k, **need)
+
+    def weight_grad(self, a: Tensor, b: Tensor, k: int, gather: bool = False) -> Tensor:
         config, plan = self.config("weight_grad", b.shape[1]), self.plan
-        return weight_grad(a, b, plan.order, plan.offsets, k, self.precision, config, self.processors, **how)
+        return weight_grad(a, b, plan.order, plan.offsets, k, self.precision, config, self.processors, gather=gather)
 
 
 def moe_mlp(
@@ -92,25 +96,28 @@ def moe_mlp_backward(
         shapes = ((0, w1.shape[2]), w1.shape, w1.shape[:2], w2.shape, w2.shape[:2])
         zeros = [dy.new_zeros(shape) if wanted else None for shape, wanted in zip(shapes, need[:5], strict=True)]
         return *zeros, torch.zeros_like(gates) if need_gates else None
-    dy, w1, w2, b2, gates, dtype = _rows(dy), _stacked(w1), _stacked(w2), _whole(b2), gates.contiguous(), gates.dtype
+    dy, w1, w2, b2, gates = _rows(dy), _stacked(w1), _stacked(w2), _whole(b2), gates.contiguous()
     k, launch = gates.shape[1], _Launch(dy, plan, glu)
-    need_dz = need_x or need_w1 or need_b1
-    dz = ph = parts = dx = dw1 = db1 = dw2 = db2 = dgates = None
-    if need_dz or need_w2 or need_gates:
+    need_dz, dtype = need_x or need_w1, dy.dtype
+    dz = ph = dx = dw1 = db1 = dw2 = db2 = dgates = None
+    need = {"need_rows": need_dz or need_b1 or need_w2 or need_gates, "need_dots": need_gates, "need_parts": need_b2}
+    dys, dots, parts = launch.sorted_grad(dy, gates, b2, k, **need)
+    if need_b2:
+        db2 = bias_grad(parts, plan.offsets, HEIGHT, dtype)
+    if need["need_rows"]:
         config = launch.config("hidden_grad", w2.shape[2])
-        wanted = {"need_dz": need_dz, "need_ph": need_w2, "need_parts": need_gates}
-        args = (dy, w2, z, gates, plan.order, launch.tiles(config), activation, glu, launch.precision, config)
-        dz, ph, parts = hidden_grad(*args, **wanted)
+        wanted = {"need_dz": need_dz, "need_ph": need_w2, "need_parts": need_gates, "need_sums": need_b1}
+        args = (dys, w2, z, gates, plan.order, launch.tiles(config), activation, glu, launch.precision, config)
+        dz, ph, parts, sums = hidden_grad(*args, **wanted)
     if need_gates:
-        dgates = gate_grad(parts, dy, b2, plan.inverse, plan.offsets, k, dtype)
+        dgates = gate_grad(parts, dots, plan.inverse, plan.offsets, k, gates.dtype)
+    if need_b1:
+        db1 = bias_grad(sums, plan.offsets, config.block_m, dtype)
     if need_w2:
-        dw2, db2 = launch.weight_grad(dy, ph, k, bias=need_b2, scale=gates, gather_a=True)
-    elif need_b2:
-        _, db2 = launch.weight_grad(dy, dy[:, :1], k, bias=True, scale=gates, gather_a=True, gather_b=True)
+        dw2 = launch.weight_grad(dys, ph, k)
+    del dys, ph  # their memory is free for what follows
     if need_w1:
-        dw1, db1 = launch.weight_grad(dz, _rows(x), k, bias=need_b1, gather_b=True)
-    elif need_b1:
-        _, db1 = launch.weight_grad(dz, dz[:, :1], k, bias=True)
+        dw1 = launch.weight_grad(dz, _rows(x), k, gather=True)
     if need_x:
         dxs = launch.down(dz, w1, None, dy.new_empty(plan.order.shape[0], w1.shape[2]), transposed=True)
         dx = combine(dxs, None, plan.inverse, plan.offsets, k)
@@ -135,13 +142,15 @@ def grouped_linear_backward(
         return tuple(dy.new_zeros(shape) if wanted else None for shape, wanted in zip(shapes, need, strict=True))
     dy, w, launch = _rows(dy), _stacked(w), _Launch(dy, plan)
     dx = dw = db = None
+    dys, _, parts = launch.sorted_grad(dy, None, None, 1, need_rows=need_x or need_w, need_dots=False, need_parts=need_b)
     if need_x:
         out = dy.new_zeros(dy.shape[0], w.shape[2])
-        dx = launch.down(dy, w, None, out, transposed=True, gather=True, scatter=True)
-    if need_w or need_b:
-        right = _rows(x) if need_w else dy[:, :1]
-        dw, db = launch.weight_grad(dy, right, 1, bias=need_b, gather_a=True, gather_b=True)
-    return dx, dw if need_w else None, db
+        dx = launch.down(dys, w, None, out, transposed=True, scatter=True)
+    if need_w:
+        dw = launch.weight_grad(dys, _rows(x), 1, gather=True)
+    if need_b:
+        db = bias_grad(parts, plan.offsets, HEIGHT, dy.dtype)
+    return dx, dw, db
 
 
 def _rows(t: Tensor) -> Tensor:

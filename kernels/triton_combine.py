@@ -4,12 +4,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_mtl.kernels.triton_launch import launch
 from moe_mtl.kernels.triton_math import cast
 
 BLOCK_M, BLOCK_N = 16, 128
 
 
-@triton.jit(do_not_specialize=["tokens", "slots_per_token"])
+@triton.jit(do_not_specialize=["tokens"])
 def combine_kernel(
     ys,
     gates,
@@ -18,7 +19,7 @@ def combine_kernel(
     y,
     tokens,
     width,
-    slots_per_token,
+    SLOTS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -29,8 +30,8 @@ def combine_kernel(
     live, inside = ts < tokens, ns < width
     limit = tl.load(used)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for j in range(slots_per_token):
-        slots = ts * slots_per_token + j
+    for j in range(SLOTS):
+        slots = ts * SLOTS + j
         rows = tl.load(inverse + slots, mask=live, other=0)
         real = live & (rows < limit)  # the other slots are unused
         at = ys + rows.to(tl.int64)[:, None] * width + ns[None, :]
@@ -55,18 +56,11 @@ def combine(ys: Tensor, gates: Tensor | None, inverse: Tensor, offsets: Tensor, 
     rows, width = ys.shape
     y = ys.new_empty(rows // k, width)
     grid = (triton.cdiv(y.shape[0], BLOCK_M), triton.cdiv(width, BLOCK_N))
-    combine_kernel[grid](
-        ys,
-        gates,
-        inverse,
-        offsets[-1:],
-        y,
-        y.shape[0],
-        width,
-        k,
-        WEIGHTED=gates is not None,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        num_warps=4,
+    launch(
+        combine_kernel,
+        grid,
+        (ys, gates, inverse, offsets[-1:], y, y.shape[0], width),
+        {"SLOTS": k, "WEIGHTED": gates is not None, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N},
+        warps=4,
     )
     return y

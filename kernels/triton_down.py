@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
-from moe_mtl.kernels.triton_math import cast, dot, grouped_order, halves
+from moe_mtl.kernels.triton_launch import describable, described, launch, options_of
+from moe_mtl.kernels.triton_math import cast, dot, grouped_order, load_block, pieces
 
 
 @triton.jit(do_not_specialize=["row_tiles"])
@@ -22,15 +23,17 @@ def down_kernel(
     c,
     a_stride,
     w_stride,
-    w_stride_n,
-    w_stride_k,
     inner,
     width,
     row_tiles,
+    TRANSPOSED: tl.constexpr,
     BIAS: tl.constexpr,
     GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
+    EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    DESCRIBED_A: tl.constexpr,
+    DESCRIBED_W: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -38,9 +41,9 @@ def down_kernel(
     GROUP: tl.constexpr,
     EPILOGUES: tl.constexpr,
 ):
-    """One tile of rows and outputs."""
+    """One tile of rows and outputs. DESCRIBED: that argument is a descriptor."""
     tile, column = grouped_order(tl.program_id(0), row_tiles, tl.cdiv(width, BLOCK_N), GROUP)
-    expert = tl.load(tiles + 3 * tile).to(tl.int64)
+    expert = tl.load(tiles + 3 * tile)
     if expert < 0:
         return
     first = tl.load(tiles + 3 * tile + 1)
@@ -51,43 +54,55 @@ def down_kernel(
     slots = rows
     if GATHER or SCATTER:
         slots = tl.load(order + rows)
-    source = slots if GATHER else rows
+    left = column * BLOCK_N
     ks = tl.arange(0, BLOCK_K)
-    ns = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    a_at = a + source.to(tl.int64)[:, None] * a_stride + ks[None, :]
-    w_at = w + expert * w_stride + ns[None, :] * w_stride_n + ks[:, None] * w_stride_k
-    inside = (ns < width)[None, :]
+    ns = left + tl.arange(0, BLOCK_N)
+    if not DESCRIBED_A:
+        source = slots if GATHER else rows
+        a_at = a + source.to(tl.int64)[:, None] * a_stride + ks[None, :]
+    if not DESCRIBED_W:
+        w_at = w + expert.to(tl.int64) * w_stride
+        if TRANSPOSED:
+            w_at += ks[:, None] * width + ns[None, :]
+        else:
+            w_at += ns[None, :] * inner + ks[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, inner, BLOCK_K):
-        if EVEN_K:
-            left = tl.load(a_at)
-            right = tl.load(w_at, mask=inside, other=0.0)
+        inside = ks < inner - start
+        if DESCRIBED_A:
+            x = a.load([first, start])
         else:
-            left = tl.load(a_at, mask=(ks < inner - start)[None, :], other=0.0)
-            right = tl.load(w_at, mask=inside & (ks < inner - start)[:, None], other=0.0)
-        acc = dot(left, right, acc, PRECISION)
-        a_at += BLOCK_K
-        w_at += BLOCK_K * w_stride_k
+            x = load_block(a_at, live, inside, True, EVEN_K)
+            a_at += BLOCK_K
+        if DESCRIBED_W:
+            if TRANSPOSED:
+                y = w.load([expert, start, left]).reshape(BLOCK_K, BLOCK_N)
+            else:
+                y = w.load([expert, left, start]).reshape(BLOCK_N, BLOCK_K).T
+        else:
+            y = load_block(w_at, inside, ns < width, EVEN_K, EVEN_N)
+            w_at += BLOCK_K * (width if TRANSPOSED else 1)
+        acc = dot(x, y, acc, PRECISION)
     target = slots if SCATTER else rows
     if BIAS:
-        b += expert * width
-    if EPILOGUES == 2:
-        low, high = halves(acc)
-        _finish(low, column * BLOCK_N, target, live, b, c, width, BIAS)
-        _finish(high, column * BLOCK_N + BLOCK_N // 2, target, live, b, c, width, BIAS)
-    else:
-        _finish(acc, column * BLOCK_N, target, live, b, c, width, BIAS)
+        b += expert.to(tl.int64) * width
+    acc_parts = pieces(acc, EPILOGUES)
+    for i in tl.static_range(EPILOGUES):
+        _finish(acc_parts[i], left + i * (BLOCK_N // EPILOGUES), target, live, b, c, width, BIAS, EVEN_N)
 
 
 @triton.jit
-def _finish(acc, left, rows, live, b, c, width, BIAS: tl.constexpr):
+def _finish(acc, left, rows, live, b, c, width, BIAS: tl.constexpr, EVEN_N: tl.constexpr):
     """Bias and store of one part of a tile's columns."""
     ns = left + tl.arange(0, acc.shape[1])
     inside = ns < width
     if BIAS:
         acc += tl.load(b + ns, mask=inside, other=0.0).to(tl.float32)[None, :]
     c_at = c + rows.to(tl.int64)[:, None] * width + ns[None, :]
-    tl.store(c_at, cast(acc, c.dtype.element_ty), mask=live[:, None] & inside[None, :])
+    keep = live[:, None]
+    if not EVEN_N:
+        keep = keep & inside[None, :]
+    tl.store(c_at, cast(acc, c.dtype.element_ty), mask=keep)
 
 
 def down(
@@ -120,31 +135,32 @@ def down(
         scatter: rows of `out` are in the order of slots, not sorted.
     """
     width, inner = (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
-    down_kernel[(tiles.shape[0] * triton.cdiv(width, config.block_n),)](
-        a,
-        w,
-        b,
-        order,
-        tiles,
-        out,
-        a.stride(0),
-        w.stride(0),
-        w.stride(2) if transposed else w.stride(1),
-        w.stride(1) if transposed else w.stride(2),
-        inner,
-        width,
-        tiles.shape[0],
-        BIAS=b is not None,
-        GATHER=gather,
-        SCATTER=scatter,
-        EVEN_K=inner % config.block_k == 0,
-        PRECISION=precision,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP=config.group,
-        EPILOGUES=config.epilogues,
-        num_warps=config.warps,
-        num_stages=config.stages,
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    engine_a, engine_w = not gather and describable(a), describable(w)
+    launch(
+        down_kernel,
+        (tiles.shape[0] * triton.cdiv(width, block_n),),
+        (
+            described(a, block_m, block_k) if engine_a else a,
+            described(w, 1, *((block_k, block_n) if transposed else (block_n, block_k))) if engine_w else w,
+        )
+        + (b, order, tiles, out, a.stride(0), w.stride(0), inner, width, tiles.shape[0]),
+        {
+            "TRANSPOSED": transposed,
+            "BIAS": b is not None,
+            "GATHER": gather,
+            "SCATTER": scatter,
+            "EVEN_N": width % block_n == 0,
+            "EVEN_K": inner % block_k == 0,
+            "DESCRIBED_A": engine_a,
+            "DESCRIBED_W": engine_w,
+            "PRECISION": precision,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+            "GROUP": config.group,
+            "EPILOGUES": config.epilogues,
+        },
+        **options_of(config),
     )
     return out

@@ -8,10 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
-from moe_mtl.kernels.triton_math import activate, cast, dot, grouped_order, halves
+from moe_mtl.kernels.triton_launch import describable, described, launch, options_of
+from moe_mtl.kernels.triton_math import activate, cast, dot, grouped_order, load_block, pieces
 
 
-@triton.jit(do_not_specialize=["row_tiles", "slots_per_token"])
+@triton.jit(do_not_specialize=["row_tiles"])
 def up_kernel(
     x,
     w,
@@ -25,12 +26,14 @@ def up_kernel(
     dim,
     hidden,
     row_tiles,
-    slots_per_token,
+    SLOTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GLU: tl.constexpr,
     BIAS: tl.constexpr,
     STORE_Z: tl.constexpr,
+    EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -38,50 +41,51 @@ def up_kernel(
     GROUP: tl.constexpr,
     EPILOGUES: tl.constexpr,
 ):
-    """One tile of rows and hidden units."""
+    """One tile of rows and hidden units. DESCRIBED: w is a descriptor."""
     tile, column = grouped_order(tl.program_id(0), row_tiles, tl.cdiv(hidden, BLOCK_N), GROUP)
-    expert = tl.load(tiles + 3 * tile).to(tl.int64)
+    expert = tl.load(tiles + 3 * tile)
     if expert < 0:
         return
     rows = tl.load(tiles + 3 * tile + 1) + tl.arange(0, BLOCK_M)
     live = rows < tl.load(tiles + 3 * tile + 2)
-    tokens = tl.load(order + rows, mask=live, other=0) // slots_per_token
+    tokens = tl.load(order + rows, mask=live, other=0) // SLOTS
+    left = column * BLOCK_N
     ks = tl.arange(0, BLOCK_K)
-    ns = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    ns = left + tl.arange(0, BLOCK_N)
     a_at = x + tokens.to(tl.int64)[:, None] * x_stride + ks[None, :]
-    b_at = w + expert * w_stride + ns[None, :] * dim + ks[:, None]
-    inside = (ns < hidden)[None, :]
+    if not DESCRIBED:
+        b_at = w + expert.to(tl.int64) * w_stride + ns[None, :] * dim + ks[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc_up = acc
     # rows past the segment repeat the first token: their results are never stored
     for start in range(0, dim, BLOCK_K):
-        if EVEN_K:
-            a = tl.load(a_at)
-            first = tl.load(b_at, mask=inside, other=0.0)
+        inside = ks < dim - start
+        a = load_block(a_at, live, inside, True, EVEN_K)
+        if DESCRIBED:
+            first = w.load([expert, left, start]).reshape(BLOCK_N, BLOCK_K).T
         else:
-            a = tl.load(a_at, mask=(ks < dim - start)[None, :], other=0.0)
-            first = tl.load(b_at, mask=inside & (ks < dim - start)[:, None], other=0.0)
+            first = load_block(b_at, inside, ns < hidden, EVEN_K, EVEN_N)
         acc = dot(a, first, acc, PRECISION)
         if GLU:
-            if EVEN_K:
-                second = tl.load(b_at + hidden * dim, mask=inside, other=0.0)
+            if DESCRIBED:
+                second = w.load([expert, hidden + left, start]).reshape(BLOCK_N, BLOCK_K).T
             else:
-                second = tl.load(b_at + hidden * dim, mask=inside & (ks < dim - start)[:, None], other=0.0)
+                second = load_block(b_at + hidden * dim, inside, ns < hidden, EVEN_K, EVEN_N)
             acc_up = dot(a, second, acc_up, PRECISION)
         a_at += BLOCK_K
-        b_at += BLOCK_K
-    left = column * BLOCK_N
+        if not DESCRIBED:
+            b_at += BLOCK_K
     if BIAS:
-        b += expert * hidden * (1 + GLU)
-    if EPILOGUES == 2:
-        low, high = halves(acc)
-        low_up, high_up = low, high
-        if GLU:
-            low_up, high_up = halves(acc_up)
-        _finish(low, low_up, left, rows, live, b, z, h, hidden, ACTIVATION, GLU, BIAS, STORE_Z)
-        _finish(high, high_up, left + BLOCK_N // 2, rows, live, b, z, h, hidden, ACTIVATION, GLU, BIAS, STORE_Z)
-    else:
-        _finish(acc, acc_up, left, rows, live, b, z, h, hidden, ACTIVATION, GLU, BIAS, STORE_Z)
+        b += expert.to(tl.int64) * hidden * (1 + GLU)
+    acc_parts = pieces(acc, EPILOGUES)
+    up_parts = acc_parts
+    if GLU:
+        up_parts = pieces(acc_up, EPILOGUES)
+    for i in tl.static_range(EPILOGUES):
+        _finish(
+            acc_parts[i], up_parts[i], left + i * (BLOCK_N // EPILOGUES), rows, live, b, z, h, hidden,
+            ACTIVATION, GLU, BIAS, STORE_Z, EVEN_N,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -99,17 +103,20 @@ def _finish(
     GLU: tl.constexpr,
     BIAS: tl.constexpr,
     STORE_Z: tl.constexpr,
+    EVEN_N: tl.constexpr,
 ):
     """Bias, activation and stores of one part of a tile's columns."""
     ns = left + tl.arange(0, acc.shape[1])
     inside = ns < hidden
-    keep = live[:, None] & inside[None, :]
+    keep = live[:, None]
+    if not EVEN_N:
+        keep = keep & inside[None, :]
     if BIAS:
         acc += tl.load(b + ns, mask=inside, other=0.0).to(tl.float32)[None, :]
     z_at = z + rows.to(tl.int64)[:, None] * (hidden * (1 + GLU)) + ns[None, :]
     if STORE_Z:
         tl.store(z_at, cast(acc, z.dtype.element_ty), mask=keep)
-    y = activate(acc, ACTIVATION)
+    y = activate(acc, ACTIVATION, h.dtype.element_ty == tl.float32)
     if GLU:
         if BIAS:
             acc_up += tl.load(b + hidden + ns, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -153,32 +160,29 @@ def up(
     hidden = wide // (1 + glu)
     h = x.new_empty(rows, hidden)
     z = x.new_empty(rows if save else 0, wide)
-    up_kernel[(tiles.shape[0] * triton.cdiv(hidden, config.block_n),)](
-        x,
-        w1,
-        b1,
-        order,
-        tiles,
-        z,
-        h,
-        x.stride(0),
-        w1.stride(0),
-        dim,
-        hidden,
-        tiles.shape[0],
-        k,
-        ACTIVATION=activation,
-        GLU=glu,
-        BIAS=b1 is not None,
-        STORE_Z=save,
-        EVEN_K=dim % config.block_k == 0,
-        PRECISION=precision,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP=config.group,
-        EPILOGUES=config.epilogues,
-        num_warps=config.warps,
-        num_stages=config.stages,
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    engine = describable(w1)
+    launch(
+        up_kernel,
+        (tiles.shape[0] * triton.cdiv(hidden, block_n),),
+        (x, described(w1, 1, block_n, block_k) if engine else w1, b1, order, tiles, z, h)
+        + (x.stride(0), w1.stride(0), dim, hidden, tiles.shape[0]),
+        {
+            "SLOTS": k,
+            "ACTIVATION": activation,
+            "GLU": glu,
+            "BIAS": b1 is not None,
+            "STORE_Z": save,
+            "EVEN_N": hidden % block_n == 0,
+            "EVEN_K": dim % block_k == 0,
+            "DESCRIBED": engine,
+            "PRECISION": precision,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+            "GROUP": config.group,
+            "EPILOGUES": config.epilogues,
+        },
+        **options_of(config),
     )
     return h, z

@@ -1,4 +1,4 @@
-"""Gradients of an expert's weights and bias: dw[e] = sum_i a[i]^T b[i], db[e] = sum_i s[i] a[i] over its rows i.
+"""Gradients of an expert's weights: dw[e] = sum_i a[i]^T b[i] over its rows i.
 
 Few large experts have fewer tiles than the chip has processors, so the rows of an expert can be split: every part goes
 to a place of its own in float32 and a second pass adds them in a fixed order. The same call gives the same bits. An
@@ -11,35 +11,37 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
-from moe_mtl.kernels.triton_math import cast, dot
+from moe_mtl.kernels.triton_launch import describable, described, launch, options_of
+from moe_mtl.kernels.triton_math import cast, dot, load_block
+
+SUMMED = 1024  # numbers of a program of the second pass
 
 
-@triton.jit(do_not_specialize=["num_experts", "slots_per_token", "splits"])
+@triton.jit(do_not_specialize=["num_experts", "splits"])
 def weight_grad_kernel(
     a,
     b,
     order,
-    scale,
     offsets,
     dw,
-    db,
     a_stride,
     b_stride,
     num_experts,
     rows_out,
     cols_out,
-    slots_per_token,
     splits,
-    BIAS: tl.constexpr,
-    SCALED: tl.constexpr,
-    GATHER_A: tl.constexpr,
-    GATHER_B: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GATHER: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    DESCRIBED_A: tl.constexpr,
+    DESCRIBED_B: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of an expert's weights, over one part of its rows."""
+    """One tile of an expert's weights, over one part of its rows. DESCRIBED: that argument is a descriptor."""
     row_tiles, col_tiles = tl.cdiv(rows_out, BLOCK_M), tl.cdiv(cols_out, BLOCK_N)
     pid = tl.program_id(0)
     column = pid % col_tiles
@@ -51,88 +53,64 @@ def weight_grad_kernel(
     end = tl.load(offsets + expert + 1)
     share = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_K) * BLOCK_K
     begin += split * share
-    end = tl.minimum(end, begin + share)
-    ms = row * BLOCK_M + tl.arange(0, BLOCK_M)
-    ns = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    end = tl.maximum(begin, tl.minimum(end, begin + share))
+    whole = begin + (end - begin) // BLOCK_K * BLOCK_K
+    top, left = row * BLOCK_M, column * BLOCK_N
+    ms, ns, ks = top + tl.arange(0, BLOCK_M), left + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     m_inside, n_inside = ms < rows_out, ns < cols_out
-    if BIAS:
-        # the programs of the first column add up the bias in a loop of their own, so that the others' stays lean
-        if column == 0:
-            acc, total = _accumulate(
-                a + ms[None, :], b + ns[None, :], order, scale, a_stride, b_stride, slots_per_token, begin, end,
-                m_inside, n_inside, acc, total, True, SCALED, GATHER_A, GATHER_B, PRECISION, BLOCK_K,
-            )  # fmt: skip
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    source = begin + ks
+    if GATHER:
+        source = tl.load(order + source, mask=source < end, other=0) // SLOTS
+    for start in range(begin, whole, BLOCK_K):
+        if DESCRIBED_A:
+            x = a.load([start, top])
         else:
-            acc, total = _accumulate(
-                a + ms[None, :], b + ns[None, :], order, scale, a_stride, b_stride, slots_per_token, begin, end,
-                m_inside, n_inside, acc, total, False, SCALED, GATHER_A, GATHER_B, PRECISION, BLOCK_K,
-            )  # fmt: skip
-    else:
-        acc, total = _accumulate(
-            a + ms[None, :], b + ns[None, :], order, scale, a_stride, b_stride, slots_per_token, begin, end,
-            m_inside, n_inside, acc, total, False, SCALED, GATHER_A, GATHER_B, PRECISION, BLOCK_K,
-        )  # fmt: skip
+            x = load_block(
+                a + (start + ks).to(tl.int64)[:, None] * a_stride + ms[None, :], ks < 0, m_inside, True, EVEN_M
+            )
+        if DESCRIBED_B:
+            y = b.load([start, left])
+        else:
+            y = load_block(b + source.to(tl.int64)[:, None] * b_stride + ns[None, :], ks < 0, n_inside, True, EVEN_N)
+        # the next block's rows are looked up before it is due: a load that waits for a load is not taken ahead of time
+        source = start + BLOCK_K + ks
+        if GATHER:
+            source = tl.load(order + source, mask=source < end, other=0) // SLOTS
+        acc = dot(tl.trans(x), y, acc, PRECISION)
+    if whole < end:  # rows past the end count as zeros on both sides: 0 times NaN is NaN
+        live = whole + ks < end
+        if DESCRIBED_A:
+            x = a.load([whole, top])
+            x = tl.where(live[:, None], x, 0.0).to(x.dtype)
+        else:
+            x = load_block(
+                a + (whole + ks).to(tl.int64)[:, None] * a_stride + ms[None, :], live, m_inside, False, EVEN_M
+            )
+        if DESCRIBED_B:
+            y = b.load([whole, left])
+            y = tl.where(live[:, None], y, 0.0).to(y.dtype)
+        else:
+            y = load_block(b + source.to(tl.int64)[:, None] * b_stride + ns[None, :], live, n_inside, False, EVEN_N)
+        acc = dot(tl.trans(x), y, acc, PRECISION)
     place = (split * num_experts + expert).to(tl.int64)
     dw_at = dw + place * rows_out * cols_out + ms.to(tl.int64)[:, None] * cols_out + ns[None, :]
     tl.store(dw_at, cast(acc, dw.dtype.element_ty), mask=m_inside[:, None] & n_inside[None, :])
-    if BIAS:  # noqa: SIM102 (a constant decides whether the comparison is compiled)
-        if column == 0:
-            tl.store(db + place * rows_out + ms, cast(total, db.dtype.element_ty), mask=m_inside)
 
 
-@triton.jit
-def _accumulate(
-    a_at,
-    b_at,
-    order,
-    scale,
-    a_stride,
-    b_stride,
-    slots_per_token,
-    begin,
-    end,
-    m_inside,
-    n_inside,
-    acc,
-    total,
-    BIAS: tl.constexpr,
-    SCALED: tl.constexpr,
-    GATHER_A: tl.constexpr,
-    GATHER_B: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Sums over rows begin to end. Rows past the end count as zeros on both sides: 0 times NaN is NaN."""
-    for start in range(begin, end, BLOCK_K):
-        rows = start + tl.arange(0, BLOCK_K)
-        live = rows < end
-        a_rows, b_rows, slots = rows, rows, rows
-        if GATHER_A or GATHER_B or SCALED:
-            slots = tl.load(order + rows, mask=live, other=0)
-        if GATHER_A:
-            a_rows = slots // slots_per_token
-        if GATHER_B:
-            b_rows = slots // slots_per_token
-        left = tl.load(
-            a_at + a_rows.to(tl.int64)[:, None] * a_stride, mask=live[:, None] & m_inside[None, :], other=0.0
-        )
-        right = tl.load(
-            b_at + b_rows.to(tl.int64)[:, None] * b_stride, mask=live[:, None] & n_inside[None, :], other=0.0
-        )
-        acc = dot(tl.trans(left), right, acc, PRECISION)
-        if BIAS:
-            summand = left.to(tl.float32)
-            if SCALED:
-                summand *= tl.load(scale + slots, mask=live, other=0.0).to(tl.float32)[:, None]
-            total += tl.sum(summand, 0)
-    return acc, total
+@triton.jit(do_not_specialize=["splits"])
+def add_parts_kernel(parts, out, size, splits, BLOCK: tl.constexpr):
+    """Sums of a block of numbers over all parts, from the first to the last."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        acc += tl.load(parts + tl.cast(split, tl.int64) * size + at, mask=at < size, other=0.0)
+    tl.store(out + at, cast(acc, out.dtype.element_ty), mask=at < size)
 
 
 def splits_for(tiles: int, rows: int, experts: int, processors: int, block_k: int) -> int:
     """How many parts the rows of an expert are cut into: enough that all processors work, each on 8 blocks or more."""
-    wanted = triton.cdiv(2 * processors, max(tiles, 1))
+    wanted = triton.cdiv(processors, max(tiles, 1))
     return max(1, min(wanted, rows // max(1, experts * block_k * 8), 16))
 
 
@@ -146,58 +124,51 @@ def weight_grad(
     config: Config,
     processors: int,
     *,
-    bias: bool,
-    scale: Tensor | None = None,
-    gather_a: bool = False,
-    gather_b: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """dw [e, o, i] and, with `bias`, db [e, o], in the dtype of `a`; the second is None without.
+    gather: bool = False,
+) -> Tensor:
+    """dw [e, o, i], in the dtype of `a`.
 
     Args:
-        a: gradients of a layer's outputs, sorted rows [r, o]; by token [m, o] where `gather_a`.
-        b: its inputs, sorted rows [r, i]; by token [m, i] where `gather_b`. Last axes contiguous.
+        a: gradients of a layer's outputs, sorted rows [r, o], last axis contiguous.
+        b: its inputs, sorted rows [r, i]; by token [m, i] where `gather`; last axis contiguous.
         order: of the plan, int32 [r].
         offsets: of the plan, int32 [e + 1].
         k: slots per token.
         precision: "ieee" or "tf32", of float32 products.
         config: tile sizes.
         processors: of the chip, to be kept busy.
-        bias: whether db is wanted.
-        scale: factor of every slot's row in db [r], or None for 1.
-        gather_a: see `a`.
-        gather_b: see `b`.
+        gather: see `b`.
     """
     experts, (rows_out, cols_out) = offsets.shape[0] - 1, (a.shape[1], b.shape[1])
-    tiles = experts * triton.cdiv(rows_out, config.block_m) * triton.cdiv(cols_out, config.block_n)
-    splits = splits_for(tiles, order.shape[0], experts, processors, config.block_k)
-    dtype = a.dtype if splits == 1 else torch.float32
-    dw = a.new_empty(splits, experts, rows_out, cols_out, dtype=dtype)
-    db = a.new_empty(splits, experts if bias else 0, rows_out, dtype=dtype)
-    weight_grad_kernel[(tiles * splits,)](
-        a,
-        b,
-        order,
-        scale,
-        offsets,
-        dw,
-        db,
-        a.stride(0),
-        b.stride(0),
-        experts,
-        rows_out,
-        cols_out,
-        k,
-        splits,
-        BIAS=bias,
-        SCALED=scale is not None,
-        GATHER_A=gather_a,
-        GATHER_B=gather_b,
-        PRECISION=precision,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        num_warps=config.warps,
-        num_stages=config.stages,
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    tiles = experts * triton.cdiv(rows_out, block_m) * triton.cdiv(cols_out, block_n)
+    splits = splits_for(tiles, order.shape[0], experts, processors, block_k)
+    dw = a.new_empty(experts, rows_out, cols_out)
+    parts = dw if splits == 1 else a.new_empty(splits, *dw.shape, dtype=torch.float32)
+    engine_a, engine_b = describable(a), not gather and describable(b)
+    launch(
+        weight_grad_kernel,
+        (tiles * splits,),
+        (
+            described(a, block_k, block_m) if engine_a else a,
+            described(b, block_k, block_n) if engine_b else b,
+        )
+        + (order, offsets, parts, a.stride(0), b.stride(0), experts, rows_out, cols_out, splits),
+        {
+            "SLOTS": k,
+            "GATHER": gather,
+            "EVEN_M": rows_out % block_m == 0,
+            "EVEN_N": cols_out % block_n == 0,
+            "DESCRIBED_A": engine_a,
+            "DESCRIBED_B": engine_b,
+            "PRECISION": precision,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+        },
+        **options_of(config),
     )
-    sums = [t[0] if splits == 1 else t.sum(0).to(a.dtype) for t in (dw, db)]
-    return sums[0], sums[1] if bias else None
+    if splits > 1:
+        grid = (triton.cdiv(dw.numel(), SUMMED),)
+        launch(add_parts_kernel, grid, (parts, dw, dw.numel(), splits), {"BLOCK": SUMMED}, warps=4)
+    return dw

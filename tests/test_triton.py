@@ -55,21 +55,26 @@ def ours(plan, **options):
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("launches", [1, 2])
 @pytest.mark.parametrize(
-    ("slots", "experts", "per_program", "dtype"),
+    ("slots", "experts", "ids", "dtype"),
     [
-        (1, 1, 64, torch.int64),
-        (63, 5, 64, torch.int32),
-        (130, 7, 64, torch.int64),  # three programs, of which each ranks one block
-        (200, 16, 128, torch.int64),  # two programs of several blocks
-        (70, 127, 64, torch.int32),
-        (300, 3, 2048, torch.int64),
+        (1, 1, 0, torch.int64),
+        (300, 1, None, torch.int64),
+        (63, 5, None, torch.int32),
+        (700, 16, None, torch.int64),  # several programs
+        (1100, 4, 3, torch.int32),  # all on one expert: blocks as full as the eight bits of a count take
+        (1100, 127, None, torch.int64),  # tables of tiles made by several programs
+        (300, 3, -1, torch.int64),
     ],
 )
-def test_sort_on_the_gpu_is_the_plan(monkeypatch, slots, experts, per_program, dtype):
-    monkeypatch.setattr(triton_plan, "PER_PROGRAM", per_program)
-    monkeypatch.setattr(triton_plan, "RANKS", 32 * triton.next_power_of_2(experts + 1))
-    ids = torch.randint(-1, experts, (slots,), dtype=dtype)
+def test_sort_on_the_gpu_is_the_plan(monkeypatch, launches, slots, experts, ids, dtype):
+    monkeypatch.setattr(triton_plan, "ONE_LAUNCH", slots if launches == 1 else 0)
+    monkeypatch.setattr(triton_plan, "SHARES", 2)
+    monkeypatch.setattr(triton_plan, "LARGEST", 256)  # shares of two blocks, counted in two chunks
+    monkeypatch.setattr(triton_plan, "CHUNK", 128)
+    monkeypatch.setattr(triton_plan, "SUMMED", 2 * max(8, triton.next_power_of_2(experts + 1)))  # two shares at once
+    ids = torch.randint(-1, experts, (slots,), dtype=dtype) if ids is None else torch.full((slots,), ids, dtype=dtype)
     order, inverse, offsets, tiles = triton_plan.plan(ids, experts)
     expected = ops.plan_routing(ids[:, None], experts)
     assert torch.equal(order, expected.order) and torch.equal(inverse, expected.inverse)

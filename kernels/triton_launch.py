@@ -1,0 +1,105 @@
+"""How the kernels are launched: without binding and specialising the arguments anew where that was done before.
+
+Triton works out on every call which compiled kernel fits the arguments, which takes the host longer than a small kernel
+takes the GPU. The compiled kernel is kept here, by all that decides which one it is, and called directly.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_mtl.kernels.configs import Config
+
+_compiled: dict[tuple, Any] = {}
+_free: dict[int, tuple[bool, ...]] = {}  # which parameters of a kernel are compiled for any value
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict[str, Any], warps: int, stages: int = 3, **options: int
+) -> None:
+    """Launches a kernel on the device of its first tensor.
+
+    Args:
+        kernel: decorated with `triton.jit`; its parameters are the arguments and then the constants, in order.
+        grid: programs, up to three axes.
+        args: tensors, `TensorDescriptor`s, integers, None.
+        constants: the compile-time constants, all of them, in the order of the parameters.
+        warps: per program.
+        stages: steps in flight.
+        options: more options of the compiler.
+    """
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    if device.type != "cuda":
+        _check_order(kernel, args, constants)
+        kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, **options)
+        return
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, args, constants, warps, stages, **options)
+    free = _free.get(id(kernel))
+    if free is None:
+        free = _free[id(kernel)] = tuple(bool(p.do_not_specialize) for p in kernel.params[: len(args)])
+    kinds = [_kind(a, f) for a, f in zip(args, free, strict=True)]
+    key = (id(kernel), device.index, warps, stages, *options.values(), *constants.values(), *kinds)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _check_order(kernel, args, constants)
+        compiled = kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, **options)
+        if isinstance(compiled, triton.compiler.CompiledKernel):  # None where someone watches the launches
+            _compiled[key] = compiled
+    else:
+        compiled[(*grid, 1, 1)[:3]](*args, *constants.values())
+
+
+def _check_order(kernel: Any, args: tuple, constants: dict[str, Any]) -> None:
+    """Refuses constants that are not the kernel's last parameters in order: compiled kernels take them by place.
+
+    Raises:
+        TypeError: with the parameters.
+    """
+    expected = list(kernel.arg_names[len(args) :])
+    if list(constants) != expected:
+        raise TypeError(f"constants: got {list(constants)}, expected {expected} after {len(args)} arguments")
+
+
+def _kind(arg: Any, free: bool) -> Any:
+    """What of an argument decides about the code."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16
+    if isinstance(arg, int):
+        return arg >> 31 if free else arg
+    return (arg.base.dtype, *arg.block_shape) if isinstance(arg, TensorDescriptor) else arg
+
+
+def options_of(config: Config) -> dict[str, int]:
+    """The options of the compiler in a config."""
+    more = {"maxnreg": config.registers} if config.registers else {}
+    return {"warps": config.warps, "stages": config.stages, **more}
+
+
+def described(t: Tensor, *block: int) -> Tensor | TensorDescriptor:
+    """A tensor for loads of whole blocks, which a copy engine does where the chip has one; see `describable`."""
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether blocks of these can be loaded by `described`: 16-bit numbers, rows of whole 16 bytes, from Hopper on."""
+    return all(
+        t.element_size() == 2
+        and t.stride(-1) == 1
+        and all(s % 8 == 0 for s in t.stride()[:-1])
+        and t.data_ptr() % 16 == 0
+        and t.numel() > 0
+        and _engine(t.device)
+        for t in tensors
+    )
+
+
+def _engine(device: torch.device) -> bool:
+    from moe_mtl.kernels import configs
+
+    arch, _ = configs.chip(device)
+    return arch == 0 or arch >= 90
