@@ -267,7 +267,7 @@ def _judged(names: list[str], pools: tuple[list, list, list], what: str) -> Repo
 
 
 def _breaks(actual: Tensor, oracle: Tensor, baseline: Tensor, name: str) -> str | None:
-    """What the tolerance rule says. Exact float32 sums, which libraries make in blocks, pass within `EIGHT_ROUNDINGS`."""
+    """What the tolerance rule says; float32 sums, which libraries make in blocks, pass within `EIGHT_ROUNDINGS`."""
     exact = actual.dtype == torch.float32 and bool(actual.isfinite().all())
     if exact and (actual - oracle).norm() <= EIGHT_ROUNDINGS * oracle.norm():
         return None

@@ -36,15 +36,16 @@ from shapes import SHAPES, Shape  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moe_mtl.kernels import configs, plan  # noqa: E402
-from moe_mtl.kernels.configs import Config, Entry  # noqa: E402
+from moe_mtl.kernels.configs import KERNELS, Config, Entry  # noqa: E402
 
 MOST_CONFIGS = 12
 COMPILE_SHARE = 0.55  # of the seconds
 AGREE = {16: 2e-2, 32: 5e-3}  # relative difference to the result of the table's config
-ROW_TILES = {  # block_m, block_n, block_k, warps, stages, epilogues, registers
+ROW_TILES = {  # block_m, block_n, block_k, warps, stages, epilogues, registers, persistent
     16: (
-        (128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (64, 64, 64, 4, 4), (128, 128, 64, 4, 3),
-        (128, 256, 64, 8, 3), (64, 128, 64, 4, 4), (32, 128, 64, 4, 4), (32, 64, 64, 4, 5),
+        (128, 128, 64, 8, 3), (128, 128, 64, 8, 3, 1, None, 2), (64, 128, 64, 4, 3), (64, 128, 64, 4, 4),
+        (128, 256, 64, 8, 4, 2, None, 1), (128, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 128, 4, 3),
+        (128, 128, 64, 4, 3),
     ),
     32: (
         (64, 128, 32, 4, 3), (128, 64, 32, 4, 3), (128, 128, 32, 8, 3), (64, 64, 16, 4, 4), (128, 128, 16, 8, 3),
@@ -52,9 +53,10 @@ ROW_TILES = {  # block_m, block_n, block_k, warps, stages, epilogues, registers
     ),
 }  # fmt: skip
 FINISHED = (  # kernels that do more than store a tile: in parts, and with room for a second program beside the first
-    (128, 128, 64, 8, 3, 2, 128), (128, 128, 64, 8, 3, 4), (64, 128, 64, 4, 3), (64, 128, 64, 4, 3, 2, 168),
-    (64, 128, 64, 4, 3, 4, 168), (128, 64, 64, 8, 3, 2, 128), (128, 256, 64, 8, 3, 4), (64, 64, 64, 4, 4),
-    (128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (32, 128, 64, 4, 4),
+    (128, 128, 64, 8, 3, 4, 128), (128, 128, 64, 8, 3, 4, 128, 2), (64, 128, 64, 4, 3, 4, 128),
+    (128, 256, 64, 8, 4, 4, None, 1), (64, 128, 64, 4, 3, 4, 168, 3), (64, 64, 64, 4, 3, 2, 128),
+    (128, 64, 64, 8, 3, 2, 128), (64, 128, 64, 4, 3, 4, 168), (64, 128, 64, 4, 3), (128, 128, 64, 8, 3, 4),
+    (64, 64, 128, 4, 3, 2),
 )  # fmt: skip
 LISTED = {
     "up": {16: FINISHED, 32: ROW_TILES[32]},
@@ -100,8 +102,8 @@ def candidates(kernel: str, bits: int, lines: list[Entry]) -> list[Config]:
     return list(dict.fromkeys([*mine, *listed]))[:MOST_CONFIGS]
 
 
-def _config(m: int, n: int, k: int, warps: int, stages: int, epilogues: int = 1, registers: int | None = None) -> Config:
-    return Config(m, n, k, warps, stages, epilogues=epilogues, registers=registers)
+def _config(m: int, n: int, k: int, warps: int, stages: int, epilogues=1, registers=None, persistent=None) -> Config:
+    return Config(m, n, k, warps, stages, epilogues=epilogues, registers=registers, persistent=persistent)
 
 
 def problems(shape: Shape, kind: str, device: torch.device, processors: int) -> list[Problem]:
@@ -109,6 +111,7 @@ def problems(shape: Shape, kind: str, device: torch.device, processors: int) -> 
 
     On the device "meta" they hold no memory, and are good for compiling.
     """
+    from moe_mtl.kernels.gpu import SORTED_FROM
     from moe_mtl.kernels.triton_down import down
     from moe_mtl.kernels.triton_fused import fused, fused_fits
     from moe_mtl.kernels.triton_hidden_grad import hidden_grad
@@ -121,34 +124,38 @@ def problems(shape: Shape, kind: str, device: torch.device, processors: int) -> 
     e, d, h, k, wide, rows = shape.experts, shape.dim, shape.hidden, shape.k, shape.wide, shape.rows
     sizes = ((shape.tokens, d), (rows, d), (rows, wide), (rows, wide), (rows, h))
     x, dys, z, dz, hidden = (values(*size) for size in sizes)
+    gather = wide < SORTED_FROM or kind in ("fp32", "tf32")
+    xs = x if gather else values(rows, d)
     w1, w2 = values(e, wide, d) / d**0.5, values(e, d, h) / h**0.5
     b1, b2 = (None, None) if shape.glu else (values(e, wide), values(e, d))
     gates, sort = torch.rand(shape.tokens, k, device=device), _plan(shape, device)
     act, glu, exact = shape.activation, shape.glu, "tf32" if kind == "tf32" else "ieee"
 
-    def tiles(c: Config) -> Tensor:
-        return plan.tiles_of(sort, c.block_m)
+    def tables(c: Config) -> tuple[Tensor, Tensor, Tensor]:
+        return sort.order, sort.offsets, plan.tiles_of(sort, c.block_m)
 
     def run_up(save: bool, c: Config) -> tuple[Tensor, ...]:
-        return up(x, w1, b1, sort.order, tiles(c), k, act, glu, save, exact, c)
+        return up(xs, w1, b1, *tables(c), k, act, glu, save, exact, c, processors, gather=gather)
 
     def run_down(c: Config) -> tuple[Tensor, ...]:
-        return (down(hidden, w2, b2, sort.order, tiles(c), exact, c, out=x.new_empty(rows, d)),)
+        return (down(hidden, w2, b2, *tables(c), exact, c, processors, out=x.new_empty(rows, d)),)
 
     def run_input_grad(c: Config) -> tuple[Tensor, ...]:
         out = x.new_empty(rows, d)
-        return (down(dz, w1, None, sort.order, tiles(c), exact, c, out=out, transposed=True),)
+        return (down(dz, w1, None, *tables(c), exact, c, processors, out=out, transposed=True),)
 
     def run_hidden_grad(c: Config) -> tuple[Tensor, ...]:
-        need = {"need_dz": True, "need_ph": True, "need_parts": True, "need_sums": b1 is not None}
-        return hidden_grad(dys, w2, z, gates, sort.order, tiles(c), act, glu, exact, c, **need)
+        need = {"need_dz": True, "need_ph": True, "need_parts": True}
+        return hidden_grad(dys, w2, z, gates, *tables(c), act, glu, exact, c, processors, **need)
 
     def run_weight_grad(first: bool, c: Config) -> tuple[Tensor, ...]:
-        a, b = (dz, x) if first else (dys, hidden)
-        return (weight_grad(a, b, sort.order, sort.offsets, k, exact, c, processors, gather=first),)
+        a, b = (dz, xs) if first else (dys, hidden)
+        how = {"gather": gather} if first else {"scale": None if b2 is None else gates.flatten()}
+        how["bias"] = b1 is not None
+        return weight_grad(a, b, sort.order, sort.offsets, k, exact, c, processors, **how)
 
     def run_fused(c: Config) -> tuple[Tensor, ...]:
-        return (fused(x, w1, b1, w2, b2, sort.order, tiles(c), k, act, exact, c),)
+        return (fused(x, w1, b1, w2, b2, sort.order, plan.tiles_of(sort, c.block_m), k, act, exact, c),)
 
     alone = fused_fits(w1, w2, glu)
     return [
@@ -198,7 +205,13 @@ def compiled(shape: Shape, kind: str, place: int, config: Config, processors: in
 
 
 def compile_all(
-    shapes: list[Shape], kind: str, lines: list[Entry], processors: int, shared_kib: int, seconds: float
+    shapes: list[Shape],
+    kind: str,
+    lines: list[Entry],
+    processors: int,
+    shared_kib: int,
+    seconds: float,
+    kernels: tuple[str, ...] = KERNELS,
 ) -> dict[tuple[Shape, int, Config], str]:
     """What is wrong with each launch, or nothing; without those that took longer than the seconds."""
     said, bits = {}, 8 * DTYPES[kind].itemsize
@@ -208,6 +221,8 @@ def compile_all(
     tasks = {}
     for shape in shapes:
         for place, problem in enumerate(problems(shape, kind, torch.device("meta"), processors)):
+            if problem.kernel not in kernels:
+                continue
             for config in candidates(problem.kernel, bits, lines):
                 task = pool.submit(compiled, shape, kind, place, config, processors, shared_kib)
                 tasks[task] = (shape, place, config)
@@ -245,6 +260,7 @@ def sweep(
     faults: Callable[[Shape, int, Config], str],
     clock: Callable[[Callable[[], object]], float],
     seconds: float,
+    kernels: tuple[str, ...] = KERNELS,
 ) -> Found:
     """Times every candidate of every problem.
 
@@ -257,6 +273,7 @@ def sweep(
         faults: what is known to be wrong with a launch, or nothing.
         clock: seconds of a call.
         seconds: no new problem after that long.
+        kernels: whose problems.
     """
     found, bits = Found({}, {}), 8 * DTYPES[kind].itemsize
     deadline = time.monotonic() + seconds
@@ -264,6 +281,8 @@ def sweep(
         for place, problem in enumerate(problems(shape, kind, device, processors)):
             if time.monotonic() > deadline:
                 return found
+            if problem.kernel not in kernels:
+                continue
             bucket = bucket_of(problem.kernel, bits, shape.glu, shape.rows // shape.experts, problem.width)
             name = f"{shape.name}: {problem.kernel}, {problem.role}"
             times, skipped = {}, found.skipped.setdefault(name, {})
@@ -292,11 +311,9 @@ def _current(lines: list[Entry], bucket: Bucket) -> Config:
 
 
 def _comparable(problem: Problem, config: Config) -> list[Tensor]:
-    """Results that do not depend on the config: the parts of the gates' gradient are added up, sums of tiles left out."""
-    results = problem.run(config)
-    if problem.kernel == "hidden_grad":
-        results = (results[0], results[1], results[2].sum(0))
-    return [t for t in results if t.numel()]
+    """Results that do not depend on the config: the parts of the gates' gradient are added up."""
+    results = [t for t in problem.run(config) if t is not None and t.numel()]
+    return [t.sum(0) if problem.kernel == "hidden_grad" and i == 2 else t for i, t in enumerate(results)]
 
 
 def _wrong(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> str:
@@ -338,6 +355,7 @@ def report(found: Found, chosen: dict[Bucket, Config], lines: list[Entry]) -> li
 def short(config: Config) -> str:
     more = f" epilogues {config.epilogues}" if config.epilogues != 1 else ""
     more += f" registers {config.registers}" if config.registers else ""
+    more += f" persistent {config.persistent}" if config.persistent else ""
     return f"{config.block_m}x{config.block_n}x{config.block_k} w{config.warps} s{config.stages}{more}"
 
 
@@ -352,6 +370,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120, help="for compiling and timing together")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--rows", type=int, nargs="*", help=f"which shapes, 0 to {len(SHAPES) - 1}")
+    parser.add_argument("--kernels", nargs="*", choices=KERNELS, default=KERNELS, help="which kernels")
     parser.add_argument("--write", action="store_true", help=f"write {configs.TABLE.relative_to(ROOT)}")
     parser.add_argument("--out", type=Path, help="write the table there")
     args = parser.parse_args()
@@ -367,7 +386,8 @@ def main() -> int:
     shapes = [SHAPES[i] for i in (args.rows if args.rows is not None else range(len(SHAPES)))]
     torch.manual_seed(0)
     shared_kib = SHARED_KIB.get(known, min(SHARED_KIB.values()))
-    said = compile_all(shapes, args.dtype, lines, processors, shared_kib, COMPILE_SHARE * args.seconds)
+    seconds, kernels = COMPILE_SHARE * args.seconds, tuple(args.kernels)
+    said = compile_all(shapes, args.dtype, lines, processors, shared_kib, seconds, kernels)
     print(f"{len(said)} launches compiled in {time.monotonic() - began:.0f} s")
 
     def fault(*launch) -> str:
@@ -375,7 +395,7 @@ def main() -> int:
 
     left = args.seconds - (time.monotonic() - began)
     with precision(args.dtype):
-        found = sweep(shapes, args.dtype, device, lines, processors, fault, gpu_seconds, left)
+        found = sweep(shapes, args.dtype, device, lines, processors, fault, gpu_seconds, left, kernels)
     chosen = choose(found, lines)
     print("\n".join(report(found, chosen, lines)))
     new = text(merged(table, arch, chosen))

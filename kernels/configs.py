@@ -28,6 +28,7 @@ class Config:
         epilogues: 2 finishes the columns of a tile in two halves, which saves registers.
         registers: per thread, at most; None for as many as the compiler wants. Few let two programs share a processor,
             so that one multiplies while the other finishes its tile.
+        persistent: programs per processor, each of which takes one tile after the other; None for a program per tile.
     """
 
     block_m: int
@@ -38,6 +39,7 @@ class Config:
     group: int = 8
     epilogues: int = 1
     registers: int | None = None
+    persistent: int | None = None
 
 
 INTERPRETED = Config(32, 32, 32)

@@ -17,9 +17,12 @@ from moe_mtl.kernels.triton_down import down
 from moe_mtl.kernels.triton_fused import fused, fused_fits
 from moe_mtl.kernels.triton_gate_grad import gate_grad
 from moe_mtl.kernels.triton_hidden_grad import hidden_grad
-from moe_mtl.kernels.triton_sorted_grad import HEIGHT, bias_grad, sorted_grad
+from moe_mtl.kernels.triton_launch import describable
+from moe_mtl.kernels.triton_sort_rows import sort_rows
 from moe_mtl.kernels.triton_up import up
 from moe_mtl.kernels.triton_weight_grad import weight_grad
+
+SORTED_FROM = 768  # numbers made of each row, from which products of sorted rows pay for the sorting
 
 
 class _Launch:
@@ -39,14 +42,20 @@ class _Launch:
 
     def down(self, a: Tensor, w: Tensor, b: Tensor | None, out: Tensor, **how: bool) -> Tensor:
         config = self.config("down", out.shape[1])
-        return down(a, w, b, self.plan.order, self.tiles(config), self.precision, config, out=out, **how)
+        plan, tiles = self.plan, self.tiles(config)
+        args = (plan.order, plan.offsets, tiles, self.precision, config, self.processors)
+        return down(a, w, b, *args, out=out, **how)
 
-    def sorted_grad(self, dy: Tensor, gates: Tensor | None, b: Tensor | None, k: int, **need: bool):
-        return sorted_grad(dy, gates, b, self.plan.order, tiles_of(self.plan, HEIGHT), k, **need)
+    def sort_rows(self, x: Tensor, k: int, **how: Any) -> tuple[Tensor, Tensor | None]:
+        return sort_rows(x, self.plan.order, self.plan.offsets, k, **how)
 
-    def weight_grad(self, a: Tensor, b: Tensor, k: int, gather: bool = False) -> Tensor:
+    def sorted_pays(self, x: Tensor, width: int) -> bool:
+        """Whether rows are brought into expert order before a product that makes `width` numbers of each."""
+        return width >= SORTED_FROM and describable(x)
+
+    def weight_grad(self, a: Tensor, b: Tensor, k: int, **how: bool) -> tuple[Tensor, Tensor | None]:
         config, plan = self.config("weight_grad", b.shape[1]), self.plan
-        return weight_grad(a, b, plan.order, plan.offsets, k, self.precision, config, self.processors, gather=gather)
+        return weight_grad(a, b, plan.order, plan.offsets, k, self.precision, config, self.processors, **how)
 
 
 def moe_mlp(
@@ -71,8 +80,11 @@ def moe_mlp(
         config = launch.config("fused", w2.shape[1])
         ys = fused(x, w1, b1, w2, b2, plan.order, launch.tiles(config), k, activation, launch.precision, config)
         return combine(ys, gates, plan.inverse, plan.offsets, k), x.new_empty(0, w1.shape[1])
-    config = launch.config("up", w2.shape[2])
-    h, z = up(x, w1, b1, plan.order, launch.tiles(config), k, activation, glu, save, launch.precision, config)
+    config, gather = launch.config("up", w2.shape[2]), not launch.sorted_pays(x, w1.shape[1])
+    xs = x if gather else launch.sort_rows(x, k)[0]
+    args = (plan.order, plan.offsets, launch.tiles(config), k, activation, glu, save)
+    args += (launch.precision, config, launch.processors)
+    h, z = up(xs, w1, b1, *args, gather=gather)
     ys = launch.down(h, w2, b2, x.new_empty(plan.order.shape[0], w2.shape[1]))
     return combine(ys, gates, plan.inverse, plan.offsets, k), z
 
@@ -98,26 +110,29 @@ def moe_mlp_backward(
         return *zeros, torch.zeros_like(gates) if need_gates else None
     dy, w1, w2, b2, gates = _rows(dy), _stacked(w1), _stacked(w2), _whole(b2), gates.contiguous()
     k, launch = gates.shape[1], _Launch(dy, plan, glu)
-    need_dz, dtype = need_x or need_w1, dy.dtype
+    need_dz = need_x or need_w1 or need_b1
     dz = ph = dx = dw1 = db1 = dw2 = db2 = dgates = None
-    need = {"need_rows": need_dz or need_b1 or need_w2 or need_gates, "need_dots": need_gates, "need_parts": need_b2}
-    dys, dots, parts = launch.sorted_grad(dy, gates, b2, k, **need)
-    if need_b2:
-        db2 = bias_grad(parts, plan.offsets, HEIGHT, dtype)
-    if need["need_rows"]:
+    dys, ps = launch.sort_rows(dy, k, gates=gates if need_b2 else None)
+    if need_dz or need_w2 or need_gates:
         config = launch.config("hidden_grad", w2.shape[2])
-        wanted = {"need_dz": need_dz, "need_ph": need_w2, "need_parts": need_gates, "need_sums": need_b1}
-        args = (dys, w2, z, gates, plan.order, launch.tiles(config), activation, glu, launch.precision, config)
-        dz, ph, parts, sums = hidden_grad(*args, **wanted)
+        wanted = {"need_dz": need_dz, "need_ph": need_w2, "need_parts": need_gates}
+        args = (dys, w2, z, gates, plan.order, plan.offsets, launch.tiles(config), activation, glu)
+        dz, ph, parts = hidden_grad(*args, launch.precision, config, launch.processors, **wanted)
     if need_gates:
-        dgates = gate_grad(parts, dots, plan.inverse, plan.offsets, k, gates.dtype)
-    if need_b1:
-        db1 = bias_grad(sums, plan.offsets, config.block_m, dtype)
+        dgates = gate_grad(parts, dy, b2, plan.inverse, plan.offsets, k, launch.precision, gates.dtype)
     if need_w2:
-        dw2 = launch.weight_grad(dys, ph, k)
+        dw2, db2 = launch.weight_grad(dys, ph, k, bias=need_b2, scale=ps)
+    elif need_b2:
+        _, db2 = launch.weight_grad(dys, dys[:, :1], k, bias=True, scale=ps)
     del dys, ph  # their memory is free for what follows
     if need_w1:
-        dw1 = launch.weight_grad(dz, _rows(x), k, gather=True)
+        x = _rows(x)
+        gather = not launch.sorted_pays(x, w1.shape[1])
+        xs = x if gather else launch.sort_rows(x, k)[0]
+        dw1, db1 = launch.weight_grad(dz, xs, k, bias=need_b1, gather=gather)
+        del xs
+    elif need_b1:
+        _, db1 = launch.weight_grad(dz, dz[:, :1], k, bias=True)
     if need_x:
         dxs = launch.down(dz, w1, None, dy.new_empty(plan.order.shape[0], w1.shape[2]), transposed=True)
         dx = combine(dxs, None, plan.inverse, plan.offsets, k)
@@ -142,14 +157,14 @@ def grouped_linear_backward(
         return tuple(dy.new_zeros(shape) if wanted else None for shape, wanted in zip(shapes, need, strict=True))
     dy, w, launch = _rows(dy), _stacked(w), _Launch(dy, plan)
     dx = dw = db = None
-    dys, _, parts = launch.sorted_grad(dy, None, None, 1, need_rows=need_x or need_w, need_dots=False, need_parts=need_b)
+    dys, _ = launch.sort_rows(dy, 1)
     if need_x:
         out = dy.new_zeros(dy.shape[0], w.shape[2])
         dx = launch.down(dys, w, None, out, transposed=True, scatter=True)
     if need_w:
-        dw = launch.weight_grad(dys, _rows(x), 1, gather=True)
-    if need_b:
-        db = bias_grad(parts, plan.offsets, HEIGHT, dy.dtype)
+        dw, db = launch.weight_grad(dys, _rows(x), 1, bias=need_b, gather=True)
+    elif need_b:
+        _, db = launch.weight_grad(dys, dys[:, :1], 1, bias=True)
     return dx, dw, db
 
 

@@ -9,16 +9,18 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
-from moe_mtl.kernels.triton_launch import describable, described, launch, options_of
-from moe_mtl.kernels.triton_math import cast, dot, grouped_order, load_block, pieces
+from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of, power_of_2, programs
+from moe_mtl.kernels.triton_math import cast, pieces
+from moe_mtl.kernels.triton_product import grouped_order, product, tiles_used
 
 
-@triton.jit(do_not_specialize=["row_tiles"])
+@triton.jit(do_not_specialize=["row_tiles", "num_experts"])
 def down_kernel(
     a,
     w,
     b,
     order,
+    offsets,
     tiles,
     c,
     a_stride,
@@ -26,6 +28,7 @@ def down_kernel(
     inner,
     width,
     row_tiles,
+    num_experts,
     TRANSPOSED: tl.constexpr,
     BIAS: tl.constexpr,
     GATHER: tl.constexpr,
@@ -40,49 +43,72 @@ def down_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     EPILOGUES: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
-    """One tile of rows and outputs. DESCRIBED: that argument is a descriptor."""
-    tile, column = grouped_order(tl.program_id(0), row_tiles, tl.cdiv(width, BLOCK_N), GROUP)
+    """Tiles of rows and outputs: one, or with PERSISTENT every n-th of n programs. DESCRIBED: see `product`."""
+    columns = tl.cdiv(width, BLOCK_N)
+    if PERSISTENT:
+        # as one loop, so that the next tile's numbers are on their way while this one is finished
+        used = tiles_used(offsets, num_experts, EXPERTS, BLOCK_M)
+        for t in tl.range(tl.program_id(0), used * columns, tl.num_programs(0), flatten=True):
+            tile, column = grouped_order(t, used, columns, GROUP)
+            _tile(
+                a, w, b, order, tiles, c, a_stride, w_stride, inner, width, tile, column, TRANSPOSED, BIAS, GATHER,
+                SCATTER, EVEN_N, EVEN_K, DESCRIBED_A, DESCRIBED_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EPILOGUES,
+            )  # fmt: skip
+    else:
+        tile, column = grouped_order(tl.program_id(0), row_tiles, columns, GROUP)
+        if tl.load(tiles + 3 * tile) < 0:
+            return
+        _tile(
+            a, w, b, order, tiles, c, a_stride, w_stride, inner, width, tile, column, TRANSPOSED, BIAS, GATHER, SCATTER,
+            EVEN_N, EVEN_K, DESCRIBED_A, DESCRIBED_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EPILOGUES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    a,
+    w,
+    b,
+    order,
+    tiles,
+    c,
+    a_stride,
+    w_stride,
+    inner,
+    width,
+    tile,
+    column,
+    TRANSPOSED: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATHER: tl.constexpr,
+    SCATTER: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DESCRIBED_A: tl.constexpr,
+    DESCRIBED_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EPILOGUES: tl.constexpr,
+):
     expert = tl.load(tiles + 3 * tile)
-    if expert < 0:
-        return
     first = tl.load(tiles + 3 * tile + 1)
-    stop = tl.load(tiles + 3 * tile + 2)
     rows = first + tl.arange(0, BLOCK_M)
-    live = rows < stop
+    live = rows < tl.load(tiles + 3 * tile + 2)
     rows = tl.where(live, rows, first)  # rows past the segment repeat its first: their results are never stored
     slots = rows
     if GATHER or SCATTER:
         slots = tl.load(order + rows)
     left = column * BLOCK_N
-    ks = tl.arange(0, BLOCK_K)
-    ns = left + tl.arange(0, BLOCK_N)
-    if not DESCRIBED_A:
-        source = slots if GATHER else rows
-        a_at = a + source.to(tl.int64)[:, None] * a_stride + ks[None, :]
-    if not DESCRIBED_W:
-        w_at = w + expert.to(tl.int64) * w_stride
-        if TRANSPOSED:
-            w_at += ks[:, None] * width + ns[None, :]
-        else:
-            w_at += ns[None, :] * inner + ks[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, inner, BLOCK_K):
-        inside = ks < inner - start
-        if DESCRIBED_A:
-            x = a.load([first, start])
-        else:
-            x = load_block(a_at, live, inside, True, EVEN_K)
-            a_at += BLOCK_K
-        if DESCRIBED_W:
-            if TRANSPOSED:
-                y = w.load([expert, start, left]).reshape(BLOCK_K, BLOCK_N)
-            else:
-                y = w.load([expert, left, start]).reshape(BLOCK_N, BLOCK_K).T
-        else:
-            y = load_block(w_at, inside, ns < width, EVEN_K, EVEN_N)
-            w_at += BLOCK_K * (width if TRANSPOSED else 1)
-        acc = dot(x, y, acc, PRECISION)
+    source = slots if GATHER else rows
+    acc, _ = product(
+        a, w, source, first, expert, left, inner, width, a_stride, w_stride, TRANSPOSED, False, EVEN_N, EVEN_K,
+        DESCRIBED_A, DESCRIBED_W, PRECISION, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     target = slots if SCATTER else rows
     if BIAS:
         b += expert.to(tl.int64) * width
@@ -110,9 +136,11 @@ def down(
     w: Tensor,
     b: Tensor | None,
     order: Tensor,
+    offsets: Tensor,
     tiles: Tensor,
     precision: str,
     config: Config,
+    processors: int,
     *,
     out: Tensor,
     transposed: bool = False,
@@ -126,9 +154,11 @@ def down(
         w: [e, o, i], or [e, i, o] where `transposed`; each expert contiguous.
         b: [e, o], contiguous, or None.
         order: of the plan, int32 [r].
+        offsets: of the plan, int32 [e + 1].
         tiles: the plan's tiles of `config.block_m` rows, int32 [n, 3].
         precision: "ieee" or "tf32", of float32 products.
         config: tile sizes.
+        processors: of the chip.
         out: contiguous.
         transposed: the weights' axes are the other way round.
         gather: rows of `a` are in the order of slots, not sorted.
@@ -139,12 +169,12 @@ def down(
     engine_a, engine_w = not gather and describable(a), describable(w)
     launch(
         down_kernel,
-        (tiles.shape[0] * triton.cdiv(width, block_n),),
+        programs(config, tiles.shape[0] * count(width, block_n), processors, engine_a and engine_w),
         (
             described(a, block_m, block_k) if engine_a else a,
             described(w, 1, *((block_k, block_n) if transposed else (block_n, block_k))) if engine_w else w,
-        )
-        + (b, order, tiles, out, a.stride(0), w.stride(0), inner, width, tiles.shape[0]),
+            *(b, order, offsets, tiles, out, a.stride(0), w.stride(0), inner, width, tiles.shape[0], w.shape[0]),
+        ),
         {
             "TRANSPOSED": transposed,
             "BIAS": b is not None,
@@ -160,6 +190,8 @@ def down(
             "BLOCK_K": block_k,
             "GROUP": config.group,
             "EPILOGUES": config.epilogues,
+            "PERSISTENT": bool(config.persistent) and engine_a and engine_w,
+            "EXPERTS": power_of_2(w.shape[0]),
         },
         **options_of(config),
     )

@@ -9,10 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
-from moe_mtl.kernels.triton_launch import describable, described, launch, options_of
+from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of
 from moe_mtl.kernels.triton_math import activate, cast, dot, load_block
 
-WIDEST = 384  # columns of the result that fit into registers
+WIDEST = 192  # columns up to which it is faster than a launch for each layer
 
 
 def fused_fits(w1: Tensor, w2: Tensor, glu: bool) -> bool:
@@ -130,7 +130,7 @@ def fused(
     (_, hidden, dim), width, rows = w1.shape, w2.shape[1], order.shape[0]
     ys = x.new_empty(rows, width)
     block_n, block_h = config.block_n, config.block_k
-    engine = describable(w1, w2)
+    engine = describable(w1) and describable(w2)
     launch(
         fused_kernel,
         (tiles.shape[0],),
@@ -139,8 +139,8 @@ def fused(
             described(w1, 1, block_h, block_n) if engine else w1,
             b1,
             described(w2, 1, block_n, block_h) if engine else w2,
-        )
-        + (b2, order, tiles, ys, x.stride(0), w1.stride(0), w2.stride(0), dim, hidden, width),
+            *(b2, order, tiles, ys, x.stride(0), w1.stride(0), w2.stride(0), dim, hidden, width),
+        ),
         {
             "SLOTS": k,
             "ACTIVATION": activation,
@@ -148,8 +148,8 @@ def fused(
             "BIAS2": b2 is not None,
             "EVEN": dim % block_n == 0,
             "DESCRIBED": engine,
-            "INNER": triton.cdiv(dim, block_n),
-            "COLUMNS": triton.cdiv(width, block_n),
+            "INNER": count(dim, block_n),
+            "COLUMNS": count(width, block_n),
             "PRECISION": precision,
             "BLOCK_M": config.block_m,
             "BLOCK_H": block_h,

@@ -5,47 +5,102 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_mtl.kernels.triton_launch import launch
-from moe_mtl.kernels.triton_math import cast
+from moe_mtl.kernels.triton_launch import count, launch, power_of_2
+from moe_mtl.kernels.triton_math import cast, dot, load_block
 
-BLOCK = 256
+BLOCK_M, BLOCK_K = 64, 64
 
 
-@triton.jit(do_not_specialize=["columns", "slots"])
-def gate_grad_kernel(parts, dots, inverse, used, out, columns, slots, BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of slots."""
-    ss = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = ss < slots
-    rows = tl.load(inverse + ss, mask=live, other=0)
-    real = live & (rows < tl.load(used))
-    grad = tl.zeros([BLOCK], tl.float32)
-    for c in range(columns):
-        grad += tl.load(parts + tl.cast(c, tl.int64) * slots + rows, mask=real, other=0.0)
+@triton.jit(do_not_specialize=["columns", "tokens", "num_experts"])
+def gate_grad_kernel(
+    parts,
+    dy,
+    b,
+    inverse,
+    offsets,
+    out,
+    columns,
+    tokens,
+    num_experts,
+    width,
+    dy_stride,
+    SLOTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A block of tokens. Products with the biases of all experts are made, and each slot takes its own."""
+    ts = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = ts < tokens
+    es = tl.arange(0, EXPERTS)
+    used = tl.load(offsets + num_experts)
     if BIAS:
-        grad += tl.load(dots + rows, mask=real, other=0.0)
-    tl.store(out + ss, cast(grad, out.dtype.element_ty), mask=live)
+        begins = tl.load(offsets + es, mask=es < num_experts, other=0)
+        ends = tl.load(offsets + 1 + es, mask=es < num_experts, other=0)
+        ks = tl.arange(0, BLOCK_K)
+        dy_at = dy + ts.to(tl.int64)[:, None] * dy_stride + ks[None, :]
+        b_at = b + es[None, :] * width + ks[:, None]
+        products = tl.zeros([BLOCK_M, EXPERTS], tl.float32)
+        for start in range(0, width, BLOCK_K):
+            inside = ks < width - start
+            left = load_block(dy_at, live, inside, False, EVEN)
+            right = load_block(b_at, inside, es < num_experts, EVEN, False)
+            products = dot(left, right, products, PRECISION)
+            dy_at += BLOCK_K
+            b_at += BLOCK_K
+    for j in range(SLOTS):
+        slots = ts * SLOTS + j
+        rows = tl.load(inverse + slots, mask=live, other=0)
+        real = live & (rows < used)
+        grad = tl.zeros([BLOCK_M], tl.float32)
+        for c in range(columns):
+            grad += tl.load(parts + tl.cast(c, tl.int64) * tokens * SLOTS + rows, mask=real, other=0.0)
+        if BIAS:
+            own = (rows[:, None] >= begins[None, :]) & (rows[:, None] < ends[None, :])
+            grad += tl.sum(tl.where(own, products, 0.0), 1)
+        tl.store(out + slots, cast(grad, out.dtype.element_ty), mask=live)
 
 
 def gate_grad(
-    parts: Tensor, dots: Tensor | None, inverse: Tensor, offsets: Tensor, k: int, dtype: torch.dtype
+    parts: Tensor,
+    dy: Tensor,
+    b2: Tensor | None,
+    inverse: Tensor,
+    offsets: Tensor,
+    k: int,
+    precision: str,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Gradients of the gates [m, k].
 
     Args:
         parts: what the columns of the hidden units add, float32 [c, r]; see `hidden_grad`.
-        dots: what the second bias adds, float32 [r]; see `sorted_grad`; None without a bias.
+        dy: [m, o], last axis contiguous.
+        b2: [e, o], contiguous, or None.
         inverse: of the plan, int32 [r].
         offsets: of the plan, int32 [e + 1].
         k: slots per token.
+        precision: "ieee" or "tf32", of float32 products.
         dtype: of the result.
     """
-    columns, slots = parts.shape
-    out = torch.empty(slots // k, k, dtype=dtype, device=parts.device)
+    (tokens, width), experts = dy.shape, offsets.shape[0] - 1
+    out = torch.empty(tokens, k, dtype=dtype, device=dy.device)
     launch(
         gate_grad_kernel,
-        (triton.cdiv(slots, BLOCK),),
-        (parts, dots, inverse, offsets[-1:], out, columns, slots),
-        {"BIAS": dots is not None, "BLOCK": BLOCK},
+        (count(tokens, BLOCK_M),),
+        (parts, dy, b2, inverse, offsets, out, parts.shape[0], tokens, experts, width, dy.stride(0)),
+        {
+            "SLOTS": k,
+            "BIAS": b2 is not None,
+            "EVEN": width % BLOCK_K == 0,
+            "EXPERTS": max(16, power_of_2(experts)),
+            "PRECISION": precision,
+            "BLOCK_M": BLOCK_M,
+            "BLOCK_K": BLOCK_K,
+        },
         warps=4,
     )
     return out

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_mtl.kernels import configs
 from moe_mtl.kernels.configs import Config
 
 _compiled: dict[tuple, Any] = {}
@@ -18,9 +19,15 @@ _free: dict[int, tuple[bool, ...]] = {}  # which parameters of a kernel are comp
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict[str, Any], warps: int, stages: int = 3, **options: int
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int = 3,
+    **options: int,
 ) -> None:
-    """Launches a kernel on the device of its first tensor.
+    """Launches a kernel on the device of its first argument.
 
     Args:
         kernel: decorated with `triton.jit`; its parameters are the arguments and then the constants, in order.
@@ -31,27 +38,27 @@ def launch(
         stages: steps in flight.
         options: more options of the compiler.
     """
-    device = next(a.device for a in args if isinstance(a, Tensor))
+    device = (args[0].base if type(args[0]) is TensorDescriptor else args[0]).device
     if device.type != "cuda":
         _check_order(kernel, args, constants)
         kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, **options)
-        return
-    if device.index != torch.cuda.current_device():
+    elif device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, grid, args, constants, warps, stages, **options)
-    free = _free.get(id(kernel))
-    if free is None:
-        free = _free[id(kernel)] = tuple(bool(p.do_not_specialize) for p in kernel.params[: len(args)])
-    kinds = [_kind(a, f) for a, f in zip(args, free, strict=True)]
-    key = (id(kernel), device.index, warps, stages, *options.values(), *constants.values(), *kinds)
-    compiled = _compiled.get(key)
-    if compiled is None:
+            launch(kernel, grid, args, constants, warps, stages, **options)
+    else:
+        free = _free.get(id(kernel))
+        if free is None:
+            free = _free[id(kernel)] = tuple(bool(p.do_not_specialize) for p in kernel.params[: len(args)])
+        kinds = [_kind(arg, any_value) for arg, any_value in zip(args, free, strict=True)]
+        key = (id(kernel), device.index, warps, stages, *options.values(), *constants.values(), *kinds)
+        compiled = _compiled.get(key)
+        if compiled is not None:
+            compiled[(*grid, 1, 1)[:3]](*args, *constants.values())
+            return
         _check_order(kernel, args, constants)
         compiled = kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, **options)
         if isinstance(compiled, triton.compiler.CompiledKernel):  # None where someone watches the launches
             _compiled[key] = compiled
-    else:
-        compiled[(*grid, 1, 1)[:3]](*args, *constants.values())
 
 
 def _check_order(kernel: Any, args: tuple, constants: dict[str, Any]) -> None:
@@ -65,13 +72,15 @@ def _check_order(kernel: Any, args: tuple, constants: dict[str, Any]) -> None:
         raise TypeError(f"constants: got {list(constants)}, expected {expected} after {len(args)} arguments")
 
 
-def _kind(arg: Any, free: bool) -> Any:
+def _kind(arg: Any, any_value: bool) -> Any:
     """What of an argument decides about the code."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16
-    if isinstance(arg, int):
-        return arg >> 31 if free else arg
-    return (arg.base.dtype, *arg.block_shape) if isinstance(arg, TensorDescriptor) else arg
+    if type(arg) is int:
+        return arg >> 31 if any_value else arg
+    if arg is None:
+        return None
+    if type(arg) is TensorDescriptor:
+        return (arg.base.dtype, *arg.block_shape)
+    return arg.dtype, arg.data_ptr() % 16
 
 
 def options_of(config: Config) -> dict[str, int]:
@@ -80,26 +89,34 @@ def options_of(config: Config) -> dict[str, int]:
     return {"warps": config.warps, "stages": config.stages, **more}
 
 
+def programs(config: Config, tiles: int, processors: int, described: bool) -> tuple[int]:
+    """The grid: a program per tile, or as many as run at a time where the config says so and blocks are `described`."""
+    return (min(tiles, config.persistent * processors) if config.persistent and described else tiles,)
+
+
 def described(t: Tensor, *block: int) -> Tensor | TensorDescriptor:
     """A tensor for loads of whole blocks, which a copy engine does where the chip has one; see `describable`."""
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
+    return TensorDescriptor(t, t.shape, t.stride(), list(block))
 
 
-def describable(*tensors: Tensor) -> bool:
-    """Whether blocks of these can be loaded by `described`: 16-bit numbers, rows of whole 16 bytes, from Hopper on."""
-    return all(
+def describable(t: Tensor) -> bool:
+    """Whether blocks of it can be loaded by `described`: 16-bit numbers, rows of whole 16 bytes, from Hopper on."""
+    *strides, last = t.stride()
+    return (
         t.element_size() == 2
-        and t.stride(-1) == 1
-        and all(s % 8 == 0 for s in t.stride()[:-1])
+        and last == 1
+        and not any(stride % 8 for stride in strides)
         and t.data_ptr() % 16 == 0
         and t.numel() > 0
-        and _engine(t.device)
-        for t in tensors
+        and configs.chip(t.device)[0] not in range(1, 90)  # 0: interpreted
     )
 
 
-def _engine(device: torch.device) -> bool:
-    from moe_mtl.kernels import configs
+def count(size: int, block: int) -> int:
+    """How many blocks cover it. Triton's own functions for this take ten times as long as the sum."""
+    return -(-size // block)
 
-    arch, _ = configs.chip(device)
-    return arch == 0 or arch >= 90
+
+def power_of_2(number: int) -> int:
+    """The smallest power of two that is not less."""
+    return 1 << (number - 1).bit_length()

@@ -8,12 +8,70 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
-from moe_mtl.kernels.triton_launch import describable, described, launch, options_of
-from moe_mtl.kernels.triton_math import activate, cast, dot, grouped_order, load_block, pieces
+from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of, power_of_2, programs
+from moe_mtl.kernels.triton_math import activate, cast, pieces
+from moe_mtl.kernels.triton_product import grouped_order, product, tiles_used
 
 
-@triton.jit(do_not_specialize=["row_tiles"])
+@triton.jit(do_not_specialize=["row_tiles", "num_experts"])
 def up_kernel(
+    x,
+    w,
+    b,
+    order,
+    offsets,
+    tiles,
+    z,
+    h,
+    x_stride,
+    w_stride,
+    dim,
+    hidden,
+    row_tiles,
+    num_experts,
+    SLOTS: tl.constexpr,
+    GATHER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GLU: tl.constexpr,
+    BIAS: tl.constexpr,
+    STORE_Z: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DESCRIBED_A: tl.constexpr,
+    DESCRIBED_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EPILOGUES: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """Tiles of rows and hidden units: one, or with PERSISTENT every n-th of n programs. DESCRIBED: see `product`."""
+    columns = tl.cdiv(hidden, BLOCK_N)
+    if PERSISTENT:
+        # as one loop, so that the next tile's numbers are on their way while this one is finished
+        used = tiles_used(offsets, num_experts, EXPERTS, BLOCK_M)
+        for t in tl.range(tl.program_id(0), used * columns, tl.num_programs(0), flatten=True):
+            tile, column = grouped_order(t, used, columns, GROUP)
+            _tile(
+                x, w, b, order, tiles, z, h, x_stride, w_stride, dim, hidden, tile, column, SLOTS, GATHER, ACTIVATION,
+                GLU, BIAS, STORE_Z, EVEN_N, EVEN_K, DESCRIBED_A, DESCRIBED_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                EPILOGUES,
+            )  # fmt: skip
+    else:
+        tile, column = grouped_order(tl.program_id(0), row_tiles, columns, GROUP)
+        if tl.load(tiles + 3 * tile) < 0:
+            return
+        _tile(
+            x, w, b, order, tiles, z, h, x_stride, w_stride, dim, hidden, tile, column, SLOTS, GATHER, ACTIVATION, GLU,
+            BIAS, STORE_Z, EVEN_N, EVEN_K, DESCRIBED_A, DESCRIBED_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EPILOGUES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile(
     x,
     w,
     b,
@@ -25,56 +83,38 @@ def up_kernel(
     w_stride,
     dim,
     hidden,
-    row_tiles,
+    tile,
+    column,
     SLOTS: tl.constexpr,
+    GATHER: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GLU: tl.constexpr,
     BIAS: tl.constexpr,
     STORE_Z: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
-    DESCRIBED: tl.constexpr,
+    DESCRIBED_A: tl.constexpr,
+    DESCRIBED_W: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
     EPILOGUES: tl.constexpr,
 ):
-    """One tile of rows and hidden units. DESCRIBED: w is a descriptor."""
-    tile, column = grouped_order(tl.program_id(0), row_tiles, tl.cdiv(hidden, BLOCK_N), GROUP)
     expert = tl.load(tiles + 3 * tile)
-    if expert < 0:
-        return
-    rows = tl.load(tiles + 3 * tile + 1) + tl.arange(0, BLOCK_M)
+    first = tl.load(tiles + 3 * tile + 1)
+    rows = first + tl.arange(0, BLOCK_M)
     live = rows < tl.load(tiles + 3 * tile + 2)
-    tokens = tl.load(order + rows, mask=live, other=0) // SLOTS
     left = column * BLOCK_N
-    ks = tl.arange(0, BLOCK_K)
-    ns = left + tl.arange(0, BLOCK_N)
-    a_at = x + tokens.to(tl.int64)[:, None] * x_stride + ks[None, :]
-    if not DESCRIBED:
-        b_at = w + expert.to(tl.int64) * w_stride + ns[None, :] * dim + ks[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    acc_up = acc
-    # rows past the segment repeat the first token: their results are never stored
-    for start in range(0, dim, BLOCK_K):
-        inside = ks < dim - start
-        a = load_block(a_at, live, inside, True, EVEN_K)
-        if DESCRIBED:
-            first = w.load([expert, left, start]).reshape(BLOCK_N, BLOCK_K).T
-        else:
-            first = load_block(b_at, inside, ns < hidden, EVEN_K, EVEN_N)
-        acc = dot(a, first, acc, PRECISION)
-        if GLU:
-            if DESCRIBED:
-                second = w.load([expert, hidden + left, start]).reshape(BLOCK_N, BLOCK_K).T
-            else:
-                second = load_block(b_at + hidden * dim, inside, ns < hidden, EVEN_K, EVEN_N)
-            acc_up = dot(a, second, acc_up, PRECISION)
-        a_at += BLOCK_K
-        if not DESCRIBED:
-            b_at += BLOCK_K
+    # rows past the segment repeat one: their results are never stored
+    if GATHER:  # noqa: SIM108 (a constant decides what is compiled)
+        source = tl.load(order + rows, mask=live, other=0) // SLOTS
+    else:
+        source = tl.where(live, rows, first)
+    acc, acc_up = product(
+        x, w, source, first, expert, left, dim, hidden, x_stride, w_stride, False, GLU, EVEN_N, EVEN_K,
+        DESCRIBED_A, DESCRIBED_W, PRECISION, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if BIAS:
         b += expert.to(tl.int64) * hidden * (1 + GLU)
     acc_parts = pieces(acc, EPILOGUES)
@@ -131,6 +171,7 @@ def up(
     w1: Tensor,
     b1: Tensor | None,
     order: Tensor,
+    offsets: Tensor,
     tiles: Tensor,
     k: int,
     activation: str,
@@ -138,16 +179,20 @@ def up(
     save: bool,
     precision: str,
     config: Config,
+    processors: int,
+    *,
+    gather: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Hidden units h [r, h] and pre-activations z [r, (1|2)h] (empty unless `save`), sorted by expert.
 
     Rows of unused slots are not written.
 
     Args:
-        x: tokens [m, d], last axis contiguous.
+        x: tokens [m, d], or their sorted rows [r, d] without `gather`; last axis contiguous.
         w1: [e, (1|2)h, d], each expert contiguous.
         b1: [e, (1|2)h], contiguous, or None.
         order: of the plan, int32 [r].
+        offsets: of the plan, int32 [e + 1].
         tiles: the plan's tiles of `config.block_m` rows, int32 [n, 3].
         k: slots per token.
         activation: "gelu", "silu" or "relu".
@@ -155,33 +200,42 @@ def up(
         save: whether z is wanted.
         precision: "ieee" or "tf32", of float32 products.
         config: tile sizes.
+        processors: of the chip.
+        gather: see `x`.
     """
     (_, wide, dim), rows = w1.shape, order.shape[0]
     hidden = wide // (1 + glu)
     h = x.new_empty(rows, hidden)
     z = x.new_empty(rows if save else 0, wide)
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    engine = describable(w1)
+    engine_a, engine_w = not gather and describable(x), describable(w1)
     launch(
         up_kernel,
-        (tiles.shape[0] * triton.cdiv(hidden, block_n),),
-        (x, described(w1, 1, block_n, block_k) if engine else w1, b1, order, tiles, z, h)
-        + (x.stride(0), w1.stride(0), dim, hidden, tiles.shape[0]),
+        programs(config, tiles.shape[0] * count(hidden, block_n), processors, engine_a and engine_w),
+        (
+            described(x, block_m, block_k) if engine_a else x,
+            described(w1, 1, block_n, block_k) if engine_w else w1,
+            *(b1, order, offsets, tiles, z, h, x.stride(0), w1.stride(0), dim, hidden, tiles.shape[0], w1.shape[0]),
+        ),
         {
             "SLOTS": k,
+            "GATHER": gather,
             "ACTIVATION": activation,
             "GLU": glu,
             "BIAS": b1 is not None,
             "STORE_Z": save,
             "EVEN_N": hidden % block_n == 0,
             "EVEN_K": dim % block_k == 0,
-            "DESCRIBED": engine,
+            "DESCRIBED_A": engine_a,
+            "DESCRIBED_W": engine_w,
             "PRECISION": precision,
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
             "GROUP": config.group,
             "EPILOGUES": config.epilogues,
+            "PERSISTENT": bool(config.persistent) and engine_a and engine_w,
+            "EXPERTS": power_of_2(w1.shape[0]),
         },
         **options_of(config),
     )

@@ -1,4 +1,4 @@
-"""Gradients of an expert's weights: dw[e] = sum_i a[i]^T b[i] over its rows i.
+"""Gradients of an expert's weights and bias: dw[e] = sum_i a[i]^T b[i], db[e] = sum_i s[i] a[i] over its rows i.
 
 Few large experts have fewer tiles than the chip has processors, so the rows of an expert can be split: every part goes
 to a place of its own in float32 and a second pass adds them in a fixed order. The same call gives the same bits. An
@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
-from moe_mtl.kernels.triton_launch import describable, described, launch, options_of
+from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of
 from moe_mtl.kernels.triton_math import cast, dot, load_block
 
+ONES = tl.constexpr(16)  # columns of the product that makes a bias, the fewest there are
 SUMMED = 1024  # numbers of a program of the second pass
 
 
@@ -21,15 +22,19 @@ SUMMED = 1024  # numbers of a program of the second pass
 def weight_grad_kernel(
     a,
     b,
+    scale,
     order,
     offsets,
     dw,
+    db,
     a_stride,
     b_stride,
     num_experts,
     rows_out,
     cols_out,
     splits,
+    BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
     SLOTS: tl.constexpr,
     GATHER: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -54,11 +59,66 @@ def weight_grad_kernel(
     share = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_K) * BLOCK_K
     begin += split * share
     end = tl.maximum(begin, tl.minimum(end, begin + share))
-    whole = begin + (end - begin) // BLOCK_K * BLOCK_K
     top, left = row * BLOCK_M, column * BLOCK_N
+    if BIAS:
+        # the programs of the first column add up the bias in a loop of their own, so that the others' stays lean
+        if column == 0:
+            acc, total = _accumulate(
+                a, b, scale, order, a_stride, b_stride, rows_out, cols_out, begin, end, top, left, True,
+                SCALED, SLOTS, GATHER, EVEN_M, EVEN_N, DESCRIBED_A, DESCRIBED_B, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            acc, total = _accumulate(
+                a, b, scale, order, a_stride, b_stride, rows_out, cols_out, begin, end, top, left, False,
+                SCALED, SLOTS, GATHER, EVEN_M, EVEN_N, DESCRIBED_A, DESCRIBED_B, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    else:
+        acc, total = _accumulate(
+            a, b, scale, order, a_stride, b_stride, rows_out, cols_out, begin, end, top, left, False,
+            SCALED, SLOTS, GATHER, EVEN_M, EVEN_N, DESCRIBED_A, DESCRIBED_B, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    ms, ns = top + tl.arange(0, BLOCK_M), left + tl.arange(0, BLOCK_N)
+    place = (split * num_experts + expert).to(tl.int64)
+    dw_at = dw + place * rows_out * cols_out + ms.to(tl.int64)[:, None] * cols_out + ns[None, :]
+    tl.store(dw_at, cast(acc, dw.dtype.element_ty), mask=(ms < rows_out)[:, None] & (ns < cols_out)[None, :])
+    if BIAS:  # noqa: SIM102 (a constant decides whether the comparison is compiled)
+        if column == 0:
+            tl.store(db + place * rows_out + ms, cast(total, db.dtype.element_ty), mask=ms < rows_out)
+
+
+@triton.jit
+def _accumulate(
+    a,
+    b,
+    scale,
+    order,
+    a_stride,
+    b_stride,
+    rows_out,
+    cols_out,
+    begin,
+    end,
+    top,
+    left,
+    BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GATHER: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    DESCRIBED_A: tl.constexpr,
+    DESCRIBED_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Sums over rows begin to end; those of the bias by a product with the factors, which costs less than a sum."""
+    whole = begin + (end - begin) // BLOCK_K * BLOCK_K
     ms, ns, ks = top + tl.arange(0, BLOCK_M), left + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     m_inside, n_inside = ms < rows_out, ns < cols_out
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_M, ONES], tl.float32)
     source = begin + ks
     if GATHER:
         source = tl.load(order + source, mask=source < end, other=0) // SLOTS
@@ -78,6 +138,8 @@ def weight_grad_kernel(
         if GATHER:
             source = tl.load(order + source, mask=source < end, other=0) // SLOTS
         acc = dot(tl.trans(x), y, acc, PRECISION)
+        if BIAS:
+            total = dot(tl.trans(x), _factors(scale, start + ks, ks >= 0, SCALED, BLOCK_K, x.dtype), total, PRECISION)
     if whole < end:  # rows past the end count as zeros on both sides: 0 times NaN is NaN
         live = whole + ks < end
         if DESCRIBED_A:
@@ -93,9 +155,18 @@ def weight_grad_kernel(
         else:
             y = load_block(b + source.to(tl.int64)[:, None] * b_stride + ns[None, :], live, n_inside, False, EVEN_N)
         acc = dot(tl.trans(x), y, acc, PRECISION)
-    place = (split * num_experts + expert).to(tl.int64)
-    dw_at = dw + place * rows_out * cols_out + ms.to(tl.int64)[:, None] * cols_out + ns[None, :]
-    tl.store(dw_at, cast(acc, dw.dtype.element_ty), mask=m_inside[:, None] & n_inside[None, :])
+        if BIAS:
+            total = dot(tl.trans(x), _factors(scale, whole + ks, live, SCALED, BLOCK_K, x.dtype), total, PRECISION)
+    return acc, tl.sum(total, 1) / ONES  # its columns are the same
+
+
+@triton.jit
+def _factors(scale, rows, live, SCALED: tl.constexpr, BLOCK_K: tl.constexpr, TYPE: tl.constexpr):
+    """Factors of the rows of a block, the same in every column; 1 unless SCALED."""
+    ones = tl.full([BLOCK_K, ONES], 1.0, tl.float32)
+    if SCALED:
+        ones *= tl.load(scale + rows, mask=live, other=0.0)[:, None]
+    return cast(ones, TYPE)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -110,7 +181,7 @@ def add_parts_kernel(parts, out, size, splits, BLOCK: tl.constexpr):
 
 def splits_for(tiles: int, rows: int, experts: int, processors: int, block_k: int) -> int:
     """How many parts the rows of an expert are cut into: enough that all processors work, each on 8 blocks or more."""
-    wanted = triton.cdiv(processors, max(tiles, 1))
+    wanted = count(processors, max(tiles, 1))
     return max(1, min(wanted, rows // max(1, experts * block_k * 8), 16))
 
 
@@ -124,9 +195,11 @@ def weight_grad(
     config: Config,
     processors: int,
     *,
+    bias: bool = False,
+    scale: Tensor | None = None,
     gather: bool = False,
-) -> Tensor:
-    """dw [e, o, i], in the dtype of `a`.
+) -> tuple[Tensor, Tensor | None]:
+    """dw [e, o, i] and, with `bias`, db [e, o], in the dtype of `a`; the second is None without.
 
     Args:
         a: gradients of a layer's outputs, sorted rows [r, o], last axis contiguous.
@@ -137,14 +210,16 @@ def weight_grad(
         precision: "ieee" or "tf32", of float32 products.
         config: tile sizes.
         processors: of the chip, to be kept busy.
+        bias: whether db is wanted.
+        scale: factors of the sorted rows in db, float32 [r], or None for 1; rounded to the dtype of `a`.
         gather: see `b`.
     """
     experts, (rows_out, cols_out) = offsets.shape[0] - 1, (a.shape[1], b.shape[1])
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    tiles = experts * triton.cdiv(rows_out, block_m) * triton.cdiv(cols_out, block_n)
+    tiles = experts * count(rows_out, block_m) * count(cols_out, block_n)
     splits = splits_for(tiles, order.shape[0], experts, processors, block_k)
-    dw = a.new_empty(experts, rows_out, cols_out)
-    parts = dw if splits == 1 else a.new_empty(splits, *dw.shape, dtype=torch.float32)
+    sums = [a.new_empty(experts, rows_out, cols_out), a.new_empty(experts if bias else 0, rows_out)]
+    parts = sums if splits == 1 else [t.new_empty(splits, *t.shape, dtype=torch.float32) for t in sums]
     engine_a, engine_b = describable(a), not gather and describable(b)
     launch(
         weight_grad_kernel,
@@ -152,9 +227,11 @@ def weight_grad(
         (
             described(a, block_k, block_m) if engine_a else a,
             described(b, block_k, block_n) if engine_b else b,
-        )
-        + (order, offsets, parts, a.stride(0), b.stride(0), experts, rows_out, cols_out, splits),
+            *(scale, order, offsets, *parts, a.stride(0), b.stride(0), experts, rows_out, cols_out, splits),
+        ),
         {
+            "BIAS": bias,
+            "SCALED": scale is not None,
             "SLOTS": k,
             "GATHER": gather,
             "EVEN_M": rows_out % block_m == 0,
@@ -169,6 +246,8 @@ def weight_grad(
         **options_of(config),
     )
     if splits > 1:
-        grid = (triton.cdiv(dw.numel(), SUMMED),)
-        launch(add_parts_kernel, grid, (parts, dw, dw.numel(), splits), {"BLOCK": SUMMED}, warps=4)
-    return dw
+        for part, whole in zip(parts, sums, strict=True):
+            if whole.numel():
+                grid = (count(whole.numel(), SUMMED),)
+                launch(add_parts_kernel, grid, (part, whole, whole.numel(), splits), {"BLOCK": SUMMED}, warps=4)
+    return sums[0], sums[1] if bias else None

@@ -99,16 +99,21 @@ LAUNCHES = """
 import torch, tune
 from unittest import mock
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_mtl.kernels import configs, gpu
 from shapes import SHAPES
+
+def told(a):
+    if isinstance(a, TensorDescriptor):
+        return (*told(a.base), *a.block_shape)
+    return (a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a
 
 def launches(run):
     found = set()
     def record(function, *args, grid, warmup, **constants):
         name = function.fn.__name__.removesuffix("_kernel")
         if name in configs.KERNELS:
-            given = (tuple((a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in args))
-            found.add((name, grid, given, *sorted(constants.items())))
+            found.add((name, grid, *map(told, args), *sorted(constants.items())))
     chip = mock.patch.object(configs, "chip", lambda device: (90, 132))
     with chip, mock.patch.object(JITFunction, "run", record), torch.device("meta"):
         run()
