@@ -65,7 +65,9 @@ class Launch:
         parts += [str(constants[c]) for c in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_H") if c in constants]
         parts += [str(constants["ACTIVATION"])] if "ACTIVATION" in constants else []
         parts += [flag.lower() for flag, value in self.constants if value is True]
-        return " ".join([*parts, *(f"{key.removeprefix('num_')[0]}{value}" for key, value in self.options)])
+        return " ".join(
+            [*parts, *(f"{key.removeprefix('num_')[0]}{value}" for key, value in self.options if value is not True)]
+        )
 
 
 def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
@@ -92,7 +94,7 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
         used.add(line)
         return line.config
 
-    def record(function, *args, grid, warmup, num_warps=4, num_stages=3, maxnreg=None, **constants):
+    def record(function, *args, grid, warmup, num_warps=4, num_stages=3, maxnreg=None, launch_pdl=False, **constants):
         given = dict(zip(function.arg_names, args, strict=False)) | constants
         free = {p.name for p in function.params if p.do_not_specialize}  # compiled for any value
         signature, constant, aligned = [], [], []
@@ -113,6 +115,7 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
                 aligned += [name] * (value % 16 == 0)
         options = (("num_warps", num_warps), ("num_stages", num_stages))
         options += (("maxnreg", maxnreg),) if maxnreg else ()
+        options += (("launch_pdl", True),) if launch_pdl else ()
         module = function.fn.__module__
         key = Launch(module, function.fn.__name__, arch, tuple(signature), tuple(constant), tuple(aligned), options)
         found.add(key)

@@ -181,8 +181,8 @@ def _plan(shape: Shape, device: torch.device) -> plan.Plan:
 # ---- compiling, in processes of their own ----------------------------------------------------------------------------
 
 
-def compiled(shape: Shape, kind: str, place: int, config: Config, processors: int, shared_kib: int) -> str:
-    """Compiles one launch into Triton's cache on disk; says what is wrong with it, or nothing."""
+def compiled(shape: Shape, kind: str, place: int, config: Config, chip: tuple[int, int], shared_kib: int) -> str:
+    """Compiles one launch for this chip into Triton's cache on disk; says what is wrong with it, or nothing."""
     from triton.runtime.jit import JITFunction
 
     launch, kernels = JITFunction.run, []
@@ -191,8 +191,9 @@ def compiled(shape: Shape, kind: str, place: int, config: Config, processors: in
         kernels.append(launch(function, *args, **(kwargs | {"warmup": True})))
 
     try:
-        with mock.patch.object(JITFunction, "run", compile_only):
-            problems(shape, kind, torch.device("meta"), processors)[place].run(config)
+        this_chip = mock.patch.object(configs, "chip", lambda _: chip)
+        with mock.patch.object(JITFunction, "run", compile_only), this_chip:
+            problems(shape, kind, torch.device("meta"), chip[1])[place].run(config)
         for kernel in kernels:
             kernel._init_handles()  # loads it, which tells what it takes
             if kernel.n_spills:
@@ -208,7 +209,7 @@ def compile_all(
     shapes: list[Shape],
     kind: str,
     lines: list[Entry],
-    processors: int,
+    chip: tuple[int, int],
     shared_kib: int,
     seconds: float,
     kernels: tuple[str, ...] = KERNELS,
@@ -220,11 +221,11 @@ def compile_all(
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     tasks = {}
     for shape in shapes:
-        for place, problem in enumerate(problems(shape, kind, torch.device("meta"), processors)):
+        for place, problem in enumerate(problems(shape, kind, torch.device("meta"), chip[1])):
             if problem.kernel not in kernels:
                 continue
             for config in candidates(problem.kernel, bits, lines):
-                task = pool.submit(compiled, shape, kind, place, config, processors, shared_kib)
+                task = pool.submit(compiled, shape, kind, place, config, chip, shared_kib)
                 tasks[task] = (shape, place, config)
     try:
         for future in as_completed(tasks, timeout=max(1.0, deadline - time.monotonic())):
@@ -387,7 +388,7 @@ def main() -> int:
     torch.manual_seed(0)
     shared_kib = SHARED_KIB.get(known, min(SHARED_KIB.values()))
     seconds, kernels = COMPILE_SHARE * args.seconds, tuple(args.kernels)
-    said = compile_all(shapes, args.dtype, lines, processors, shared_kib, seconds, kernels)
+    said = compile_all(shapes, args.dtype, lines, (arch, processors), shared_kib, seconds, kernels)
     print(f"{len(said)} launches compiled in {time.monotonic() - began:.0f} s")
 
     def fault(*launch) -> str:

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.triton_launch import count, launch, power_of_2
-from moe_mtl.kernels.triton_math import cast, dot, load_block
+from moe_mtl.kernels.triton_math import cast, dot, follow, load_block
 
 BLOCK_M, BLOCK_K = 64, 64
 
@@ -31,8 +31,10 @@ def gate_grad_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A block of tokens. Products with the biases of all experts are made, and each slot takes its own."""
+    follow(OVERLAP)
     ts = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = ts < tokens
     es = tl.arange(0, EXPERTS)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
 from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of, power_of_2, programs
-from moe_mtl.kernels.triton_math import activate_and_derive, cast, pieces
+from moe_mtl.kernels.triton_math import activate_and_derive, cast, follow, pieces
 from moe_mtl.kernels.triton_product import grouped_order, product, tiles_used
 
 
@@ -51,8 +51,10 @@ def hidden_grad_kernel(
     EPILOGUES: tl.constexpr,
     PERSISTENT: tl.constexpr,
     EXPERTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Tiles of rows and hidden units: one, or with PERSISTENT every n-th of n programs. DESCRIBED: see `product`."""
+    follow(OVERLAP)
     columns = tl.cdiv(hidden, BLOCK_N)
     if PERSISTENT:
         # as one loop, so that the next tile's numbers are on their way while this one is finished

@@ -14,6 +14,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_mtl.kernels import configs
 from moe_mtl.kernels.configs import Config
 
+OVERLAP = True  # launches kernels before the ones they follow have finished
+
 _compiled: dict[tuple, Any] = {}
 _free: dict[int, tuple[bool, ...]] = {}  # which parameters of a kernel are compiled for any value
 
@@ -29,8 +31,10 @@ def launch(
 ) -> None:
     """Launches a kernel on the device of its first argument.
 
+    From Hopper on a kernel is launched while the one before it on the stream still runs, and waits for it on the GPU.
+
     Args:
-        kernel: decorated with `triton.jit`; its parameters are the arguments and then the constants, in order.
+        kernel: decorated with `triton.jit`; its parameters are the arguments and the constants in order, and OVERLAP.
         grid: programs, up to three axes.
         args: tensors, `TensorDescriptor`s, integers, None.
         constants: the compile-time constants, all of them, in the order of the parameters.
@@ -39,26 +43,30 @@ def launch(
         options: more options of the compiler.
     """
     device = (args[0].base if type(args[0]) is TensorDescriptor else args[0]).device
-    if device.type != "cuda":
-        _check_order(kernel, args, constants)
-        kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, **options)
-    elif device.index != torch.cuda.current_device():
+    on_gpu = device.type == "cuda"
+    if on_gpu and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, grid, args, constants, warps, stages, **options)
-    else:
+            return launch(kernel, grid, args, constants, warps, stages, **options)
+    overlap = OVERLAP and configs.chip(device)[0] >= 90
+    constants = constants | {"OVERLAP": overlap}
+    if overlap:
+        options["launch_pdl"] = True
+    key = compiled = None
+    if on_gpu:
         free = _free.get(id(kernel))
         if free is None:
             free = _free[id(kernel)] = tuple(bool(p.do_not_specialize) for p in kernel.params[: len(args)])
         kinds = [_kind(arg, any_value) for arg, any_value in zip(args, free, strict=True)]
         key = (id(kernel), device.index, warps, stages, *options.values(), *constants.values(), *kinds)
         compiled = _compiled.get(key)
-        if compiled is not None:
-            compiled[(*grid, 1, 1)[:3]](*args, *constants.values())
-            return
-        _check_order(kernel, args, constants)
-        compiled = kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, **options)
-        if isinstance(compiled, triton.compiler.CompiledKernel):  # None where someone watches the launches
-            _compiled[key] = compiled
+    if compiled is not None:
+        compiled[(*grid, 1, 1)[:3]](*args, *constants.values())
+        return None
+    _check_order(kernel, args, constants)
+    compiled = kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, **options)
+    if on_gpu and isinstance(compiled, triton.compiler.CompiledKernel):  # None where someone watches the launches
+        _compiled[key] = compiled
+    return None
 
 
 def _check_order(kernel: Any, args: tuple, constants: dict[str, Any]) -> None:

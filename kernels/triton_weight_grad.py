@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
 from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of
-from moe_mtl.kernels.triton_math import cast, dot, load_block
+from moe_mtl.kernels.triton_math import cast, dot, follow, load_block
 
 ONES = tl.constexpr(16)  # columns of the product that makes a bias, the fewest there are
 SUMMED = 1024  # numbers of a program of the second pass
@@ -45,8 +45,10 @@ def weight_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One tile of an expert's weights, over one part of its rows. DESCRIBED: that argument is a descriptor."""
+    follow(OVERLAP)
     row_tiles, col_tiles = tl.cdiv(rows_out, BLOCK_M), tl.cdiv(cols_out, BLOCK_N)
     pid = tl.program_id(0)
     column = pid % col_tiles
@@ -170,8 +172,9 @@ def _factors(scale, rows, live, SCALED: tl.constexpr, BLOCK_K: tl.constexpr, TYP
 
 
 @triton.jit(do_not_specialize=["splits"])
-def add_parts_kernel(parts, out, size, splits, BLOCK: tl.constexpr):
+def add_parts_kernel(parts, out, size, splits, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """Sums of a block of numbers over all parts, from the first to the last."""
+    follow(OVERLAP)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
