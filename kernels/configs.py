@@ -25,7 +25,7 @@ class Config:
         warps: per program.
         stages: steps in flight.
         group: row tiles that use a column of weights before the next column's turn.
-        epilogues: 2 finishes the columns of a tile in two halves, which saves registers.
+        epilogues: parts of a tile's columns, 1, 2 or 4, that are finished one after the other, which saves registers.
         registers: per thread, at most; None for as many as the compiler wants. Few let two programs share a processor,
             so that one multiplies while the other finishes its tile.
         persistent: programs per processor, each of which takes one tile after the other; None for a program per tile.

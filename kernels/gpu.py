@@ -17,7 +17,7 @@ from moe_mtl.kernels.triton_down import down
 from moe_mtl.kernels.triton_fused import fused, fused_fits
 from moe_mtl.kernels.triton_gate_grad import gate_grad
 from moe_mtl.kernels.triton_hidden_grad import hidden_grad
-from moe_mtl.kernels.triton_launch import describable
+from moe_mtl.kernels.triton_launch import loads_blocks
 from moe_mtl.kernels.triton_sort_rows import sort_rows
 from moe_mtl.kernels.triton_up import up
 from moe_mtl.kernels.triton_weight_grad import weight_grad
@@ -51,7 +51,7 @@ class _Launch:
 
     def sorted_pays(self, x: Tensor, width: int) -> bool:
         """Whether rows are brought into expert order before a product that makes `width` numbers of each."""
-        return width >= SORTED_FROM and describable(x)
+        return width >= SORTED_FROM and self.bits == 16 and x.shape[1] % 8 == 0 and loads_blocks(x.device)
 
     def weight_grad(self, a: Tensor, b: Tensor, k: int, **how: bool) -> tuple[Tensor, Tensor | None]:
         config, plan = self.config("weight_grad", b.shape[1]), self.plan

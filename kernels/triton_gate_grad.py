@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_mtl.kernels.triton_launch import count, launch, power_of_2
 from moe_mtl.kernels.triton_math import cast, dot, follow, load_block
 
-BLOCK_M, BLOCK_K = 64, 64
+BLOCK_M, BLOCK_E, BLOCK_K = 64, 64, 64
 
 
 @triton.jit(do_not_specialize=["columns", "tokens", "num_experts"])
@@ -33,18 +33,23 @@ def gate_grad_kernel(
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """A block of tokens. Products with the biases of all experts are made, and each slot takes its own."""
+    """A block of tokens and of experts: the slots of these experts, and with the last block the unused ones.
+
+    Products with the biases of all these experts are made, and each slot takes its own.
+    """
     follow(OVERLAP)
     ts = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = ts < tokens
-    es = tl.arange(0, EXPERTS)
-    used = tl.load(offsets + num_experts)
+    es = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
+    begin = tl.load(offsets + tl.program_id(1) * EXPERTS)
+    end = tl.load(offsets + tl.minimum((tl.program_id(1) + 1) * EXPERTS, num_experts))
+    last = tl.program_id(1) == tl.num_programs(1) - 1
     if BIAS:
         begins = tl.load(offsets + es, mask=es < num_experts, other=0)
         ends = tl.load(offsets + 1 + es, mask=es < num_experts, other=0)
         ks = tl.arange(0, BLOCK_K)
         dy_at = dy + ts.to(tl.int64)[:, None] * dy_stride + ks[None, :]
-        b_at = b + es[None, :] * width + ks[:, None]
+        b_at = b + es.to(tl.int64)[None, :] * width + ks[:, None]
         products = tl.zeros([BLOCK_M, EXPERTS], tl.float32)
         for start in range(0, width, BLOCK_K):
             inside = ks < width - start
@@ -56,14 +61,14 @@ def gate_grad_kernel(
     for j in range(SLOTS):
         slots = ts * SLOTS + j
         rows = tl.load(inverse + slots, mask=live, other=0)
-        real = live & (rows < used)
+        real = live & (rows >= begin) & (rows < end)
         grad = tl.zeros([BLOCK_M], tl.float32)
         for c in range(columns):
             grad += tl.load(parts + tl.cast(c, tl.int64) * tokens * SLOTS + rows, mask=real, other=0.0)
         if BIAS:
             own = (rows[:, None] >= begins[None, :]) & (rows[:, None] < ends[None, :])
             grad += tl.sum(tl.where(own, products, 0.0), 1)
-        tl.store(out + slots, cast(grad, out.dtype.element_ty), mask=live)
+        tl.store(out + slots, cast(grad, out.dtype.element_ty), mask=real | (live & last & (rows >= end)))
 
 
 def gate_grad(
@@ -90,15 +95,16 @@ def gate_grad(
     """
     (tokens, width), experts = dy.shape, offsets.shape[0] - 1
     out = torch.empty(tokens, k, dtype=dtype, device=dy.device)
+    block_e = min(BLOCK_E, max(16, power_of_2(experts))) if b2 is not None else power_of_2(experts)
     launch(
         gate_grad_kernel,
-        (count(tokens, BLOCK_M),),
+        (count(tokens, BLOCK_M), count(experts, block_e)),
         (parts, dy, b2, inverse, offsets, out, parts.shape[0], tokens, experts, width, dy.stride(0)),
         {
             "SLOTS": k,
             "BIAS": b2 is not None,
             "EVEN": width % BLOCK_K == 0,
-            "EXPERTS": max(16, power_of_2(experts)),
+            "EXPERTS": block_e,
             "PRECISION": precision,
             "BLOCK_M": BLOCK_M,
             "BLOCK_K": BLOCK_K,

@@ -57,7 +57,7 @@ def launch(
         if free is None:
             free = _free[id(kernel)] = tuple(bool(p.do_not_specialize) for p in kernel.params[: len(args)])
         kinds = [_kind(arg, any_value) for arg, any_value in zip(args, free, strict=True)]
-        key = (id(kernel), device.index, warps, stages, *options.values(), *constants.values(), *kinds)
+        key = (id(kernel), device.index, warps, stages, *options.items(), *constants.values(), *kinds)
         compiled = _compiled.get(key)
     if compiled is not None:
         compiled[(*grid, 1, 1)[:3]](*args, *constants.values())
@@ -113,11 +113,16 @@ def describable(t: Tensor) -> bool:
     return (
         t.element_size() == 2
         and last == 1
-        and not any(stride % 8 for stride in strides)
+        and all(stride and stride % 8 == 0 for stride in strides)
         and t.data_ptr() % 16 == 0
         and t.numel() > 0
-        and configs.chip(t.device)[0] not in range(1, 90)  # 0: interpreted
+        and loads_blocks(t.device)
     )
+
+
+def loads_blocks(device: torch.device) -> bool:
+    """Whether a chip loads blocks by itself; the interpreter does as if."""
+    return configs.chip(device)[0] not in range(1, 90)
 
 
 def count(size: int, block: int) -> int:

@@ -33,7 +33,7 @@ def cast(x, TYPE: tl.constexpr):
     if INTERPRETED:  # noqa: SIM102 (both are constants of the compiler)
         if TYPE == tl.bfloat16:  # noqa: SIM300
             bits = x.to(tl.int32, bitcast=True)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
             x = tl.where(x == x, rounded, x)
     return x.to(TYPE)
 

@@ -26,7 +26,6 @@ def sort_rows_kernel(
     x_stride,
     width,
     SLOTS: tl.constexpr,
-    STORE_ROWS: tl.constexpr,
     STORE_GATES: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -40,21 +39,20 @@ def sort_rows_kernel(
     rows = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     live = rows < tl.load(used)
     slots = tl.load(order + rows, mask=live, other=0)
-    if STORE_ROWS:
-        ns = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        keep = live[:, None]
-        if not EVEN:
-            keep = keep & (ns < width)[None, :]
-        values = tl.load(x + (slots // SLOTS).to(tl.int64)[:, None] * x_stride + ns[None, :], mask=keep, other=0.0)
-        tl.store(xs + rows.to(tl.int64)[:, None] * width + ns[None, :], values, mask=keep)
+    ns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    keep = live[:, None]
+    if not EVEN:
+        keep = keep & (ns < width)[None, :]
+    values = tl.load(x + (slots // SLOTS).to(tl.int64)[:, None] * x_stride + ns[None, :], mask=keep, other=0.0)
+    tl.store(xs + rows.to(tl.int64)[:, None] * width + ns[None, :], values, mask=keep)
     if STORE_GATES:
         tl.store(ps + rows, tl.load(gates + slots, mask=live, other=0.0).to(tl.float32), mask=live & (block == 0))
 
 
 def sort_rows(
-    x: Tensor, order: Tensor, offsets: Tensor, k: int, *, gates: Tensor | None = None, need_rows: bool = True
+    x: Tensor, order: Tensor, offsets: Tensor, k: int, gates: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """xs [r, d], empty unless `need_rows`, and the sorted gates [r], float32, None without gates.
+    """xs [r, d] and the sorted gates [r], float32, None without gates.
 
     Rows of unused slots are not written.
 
@@ -64,20 +62,18 @@ def sort_rows(
         offsets: of the plan, int32 [e + 1].
         k: slots per token.
         gates: [m, k], contiguous, or None.
-        need_rows: whether xs is wanted.
     """
     rows, width = order.shape[0], x.shape[1]
     block_n = min(WIDEST, power_of_2(width))
-    blocks = count(width, block_n) if need_rows else 1
-    xs = x.new_empty(rows if need_rows else 0, width)
+    blocks = count(width, block_n)
+    xs = x.new_empty(rows, width)
     ps = None if gates is None else x.new_empty(rows, dtype=torch.float32)
     launch(
         sort_rows_kernel,
         (count(rows, HEIGHT) * blocks,),
-        (x, gates, order, offsets[-1:], xs, ps, x.stride(0), width if need_rows else block_n),
+        (x, gates, order, offsets[-1:], xs, ps, x.stride(0), width),
         {
             "SLOTS": k,
-            "STORE_ROWS": need_rows,
             "STORE_GATES": gates is not None,
             "EVEN": width % block_n == 0,
             "BLOCK_M": HEIGHT,

@@ -5,6 +5,7 @@ the dtype, relative to the norm of the oracle.
 """
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -17,12 +18,19 @@ from moe_mtl.kernels import plan as tables
 from tests.kernel_cases import differentiate, make
 
 triton = pytest.importorskip("triton")
-gpu, triton_plan, triton_weight_grad = (
-    importlib.import_module(f"moe_mtl.kernels.{name}") for name in ("gpu", "triton_plan", "triton_weight_grad")
+tl = triton.language
+gpu = importlib.import_module("moe_mtl.kernels.gpu")
+triton_combine, triton_gate_grad, triton_launch, triton_math, triton_plan, triton_sort_rows = (
+    importlib.import_module(f"moe_mtl.kernels.triton_{name}")
+    for name in ("combine", "gate_grad", "launch", "math", "plan", "sort_rows")
+)
+*layers, triton_weight_grad = (
+    importlib.import_module(f"moe_mtl.kernels.triton_{name}") for name in ("up", "down", "hidden_grad", "weight_grad")
 )
 pytestmark = pytest.mark.skipif(not dispatch.interpreted(), reason="TRITON_INTERPRET=1 is not set")
 BOUNDS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 NAMES = ("y", "x", "w1", "b1", "w2", "b2", "gates")
+LARGE = configs.Config(32, 64, 64)  # few programs, which are what interpreting takes its time for
 
 
 def assert_near(actual, oracle, dtype, name="result"):
@@ -33,10 +41,12 @@ def assert_near(actual, oracle, dtype, name="result"):
     assert error <= BOUNDS[dtype] * size, f"{name}: relative error {error / size:.1e}"
 
 
-def check(leaves, idx, **options):
+def check(leaves, idx, cotangent=None, **options):
     """The result, the inference result and every gradient against the oracle, with a random cotangent."""
     plan, dtype = ops.plan_routing(idx, leaves[1].shape[0]), leaves[0].dtype
-    cotangent = torch.randn(leaves[0].shape[0], leaves[3].shape[1]).to(leaves[0].dtype)
+    if cotangent is None:
+        cotangent = torch.randn(leaves[0].shape[0], leaves[3].shape[1])
+    cotangent = cotangent.to(dtype)
     exact = [t if t is None else t.detach().double().requires_grad_() for t in leaves]
     got = differentiate(lambda ts: ops.moe_mlp(*ts, plan, backend="triton", **options), leaves, cotangent)
     oracle = differentiate(lambda ts: reference.moe_mlp(*ts, idx, **options), exact, cotangent)
@@ -50,6 +60,28 @@ def check(leaves, idx, **options):
 
 def ours(plan, **options):
     return lambda ts: ops.moe_mlp(*ts, plan, backend="triton", **options)
+
+
+@pytest.fixture
+def poisoned():
+    """torch fills new tensors with NaN in this mode; a lane that nobody wrote would show."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Name, grid and constants of every product that is launched."""
+    seen = []
+
+    def watched(kernel, grid, args, constants, **options):
+        seen.append((kernel.fn.__name__.removesuffix("_kernel"), grid, constants))
+        triton_launch.launch(kernel, grid, args, constants, **options)
+
+    for module in (*layers, triton_weight_grad):
+        monkeypatch.setattr(module, "launch", watched)
+    return seen
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------
@@ -138,17 +170,140 @@ def test_other_tiles(monkeypatch, height, glu):
     check(*make(70, 20, 70, 36, 2, 2, glu=glu), glu=glu)
 
 
-def test_weight_gradients_in_parts(monkeypatch):
+@pytest.mark.parametrize("glu", [False, True])
+def test_columns_in_parts(monkeypatch, glu):
+    """Columns of a tile finished at once, in halves or in quarters: the same values; gates add up in another order."""
+    leaves, idx = make(9, 8, 40, 24, 1, 1, glu=glu)
+    plan, cotangent, results = ops.plan_routing(idx, 1), torch.randn(9, 24), []
+    for parts in (1, 2, 4):
+        monkeypatch.setattr(configs, "pick", lambda *_, parts=parts: configs.Config(32, 64, 64, epilogues=parts))
+        results.append(differentiate(ours(plan, glu=glu), leaves, cotangent))
+    for other in results[1:]:
+        assert all(map(torch.equal, other[:-1], results[0][:-1]))
+        torch.testing.assert_close(other[-1], results[0][-1])
+
+
+@pytest.mark.parametrize("width", [3, 130])
+def test_rows_in_expert_order(poisoned, width):
+    """And their gates beside them; rows of unused slots are not written."""
+    idx, x, gates = torch.randint(-1, 3, (37, 2)), torch.randn(37, 260)[:, :width], torch.rand(37, 2)
+    plan = ops.plan_routing(idx, 3)
+    xs, ps = triton_sort_rows.sort_rows(x, plan.order, plan.offsets, 2, gates=gates)
+    used = int(plan.offsets[-1])
+    slots = plan.order[:used].long()
+    assert used < 74 and torch.equal(xs[:used], x[slots // 2]) and torch.equal(ps[:used], gates.flatten()[slots])
+    assert xs[used:].isnan().all() and ps[used:].isnan().all()
+
+
+@pytest.mark.parametrize(("glu", "bias"), [(False, True), (True, False)])
+def test_products_of_sorted_rows(monkeypatch, poisoned, launched, glu, bias):
+    """Rows brought into expert order before the first layer and its weights' gradient: what gathered rows give."""
+    monkeypatch.setattr(configs, "pick", lambda *_: LARGE)
+    idx = torch.randint(-1, 2, (23, 2))
+    leaves, idx = make(23, 24, 40, 16, 2, 2, glu=glu, bias=bias, idx=idx, dtype=torch.bfloat16)
+    cotangent = torch.randn(23, 16)
+    gathered = differentiate(ours(ops.plan_routing(idx, 2), glu=glu), leaves, cotangent)
+    assert [name for name, _, constants in launched if constants.get("GATHER")] == ["up", "weight_grad"]
+    launched.clear()
+    monkeypatch.setattr(gpu, "SORTED_FROM", 0)
+    got = check(leaves, idx, cotangent, glu=glu)
+    assert launched and not any(constants.get("GATHER") for _, _, constants in launched)
+    assert all(map(torch.equal, got.values(), gathered))
+
+
+@pytest.mark.parametrize("glu", [False, True])
+def test_persistent_programs(monkeypatch, poisoned, launched, glu):
+    """Two programs that take one tile after the other, up to the last with rows."""
+    monkeypatch.setattr(gpu, "SORTED_FROM", 0)
+    monkeypatch.setattr(configs, "pick", lambda *_: configs.Config(32, 64, 64, group=2, persistent=2))
+    idx = torch.tensor([0] * 33 + [-1] * 3 + [2] * 5)[:, None]  # expert 1 is empty
+    check(*make(41, 24, 72, 16, 3, 1, glu=glu, idx=idx, dtype=torch.bfloat16), glu=glu)
+    grids = {(name, grid) for name, grid, constants in launched if constants.get("PERSISTENT")}
+    assert grids == {("up", (2,)), ("down", (2,)), ("hidden_grad", (2,))}
+
+
+def test_persistent_programs_without_rows(monkeypatch, poisoned, launched):
+    monkeypatch.setattr(gpu, "SORTED_FROM", 0)
+    monkeypatch.setattr(configs, "pick", lambda *_: configs.Config(32, 64, 64, persistent=2))
+    leaves, idx = make(5, 8, 16, 8, 3, 2, idx=torch.full((5, 2), -1), dtype=torch.bfloat16)
+    got = differentiate(ours(ops.plan_routing(idx, 3)), leaves, torch.randn(5, 8))
+    assert all(t.eq(0).all() for t in got)
+    persistent = [name for name, _, constants in launched if constants.get("PERSISTENT")]
+    assert persistent == ["up", "down", "hidden_grad", "down"]
+
+
+@pytest.mark.parametrize(
+    ("d", "h", "o", "glu", "whole"),
+    [(24, 40, 16, True, "x w1 w2"), (25, 36, 18, False, ""), (24, 36, 16, False, "x w1"), (20, 40, 18, True, "w2")],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_and_pointers(monkeypatch, launched, dtype, d, h, o, glu, whole):
+    """Rows of whole 16 bytes are loaded in blocks and others by pointers, in any mixture."""
+    monkeypatch.setattr(configs, "pick", lambda *_: LARGE)
+    leaves, idx = make(9, d, h, o, 2, 1, glu=glu, dtype=dtype)
+    x, w1, _, w2, _, _ = leaves
+    found = {name: triton_launch.describable(t) for name, t in (("x", x), ("w1", w1), ("w2", w2))}
+    assert " ".join(name for name, is_whole in found.items() if is_whole) == whole
+    check(leaves, idx, glu=glu)
+    described = [(name, constants["DESCRIBED_W"]) for name, _, constants in launched if "DESCRIBED_W" in constants]
+    expected = [("up", found["w1"]), ("down", found["w2"]), ("hidden_grad", found["w2"]), ("down", found["w1"])]
+    assert described[:4] == expected
+
+
+def test_what_is_loaded_in_blocks():
+    t = torch.zeros(4, 6, 32, dtype=torch.bfloat16)
+    assert triton_launch.describable(t) and triton_launch.describable(t[1:, :, 8:20])
+    others = (t.float(), t[:, :, 4:], t[..., ::2], t[:, :0], t.mT, t.reshape(4, -1)[:, :180].reshape(4, 6, 30))
+    assert not any(map(triton_launch.describable, others))
+
+
+def test_weight_gradients_in_parts(monkeypatch, poisoned):
     """Rows split over programs, of which some get none: the same sums, in float32 until the last."""
     monkeypatch.setattr(triton_weight_grad, "splits_for", lambda *_: 3)
     idx = torch.tensor([0] * 50 + [1] * 3 + [3] * 20)[:, None]
     check(*make(73, 20, 24, 12, 4, 1, idx=idx, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 40), (torch.bfloat16, 7), (torch.bfloat16, 40)])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_bias_gradients(monkeypatch, poisoned, dtype, width, parts):
+    """Of rows as they are and by their factors; exact zeros without rows, nothing of rows nobody uses."""
+    monkeypatch.setattr(triton_weight_grad, "splits_for", lambda *_: parts)
+    plan = ops.plan_routing(torch.tensor([0] * 50 + [1] * 3 + [3] * 20 + [-1] * 4)[:, None], 4)
+    a, scale = torch.randn(77, width).to(dtype), 10 ** torch.empty(77).uniform_(-3, 2)
+    a[73:] = scale[73:] = torch.nan
+    for factors in (None, scale):
+        args = (a, a[:, :1], plan.order, plan.offsets, 1, "ieee", configs.INTERPRETED, 1)
+        _, db = triton_weight_grad.weight_grad(*args, bias=True, scale=factors)
+        rows = a.double() if factors is None else a.double() * factors.double()[:, None]
+        for expert, begin, end in ((0, 0, 50), (1, 50, 53), (3, 53, 73)):
+            assert_near(db[expert], rows[begin:end].sum(0), dtype)
+        assert db[2].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bias_gradients_of_gates_of_all_sizes(monkeypatch, dtype):
+    """Expert by expert, so that small gates do not hide behind another's. The same bits without the weights'."""
+    monkeypatch.setattr(configs, "pick", lambda *_: LARGE)
+    leaves, idx = make(20, 8, 16, 24, 2, 1, idx=torch.arange(20)[:, None] % 2, dtype=dtype)
+    with torch.no_grad():
+        leaves[5].copy_(10 ** torch.empty(20, 1).uniform_(-2, 2) * torch.tensor([1e-6, 1e3])[idx])
+    plan, cotangent = ops.plan_routing(idx, 2), torch.randn(20, 24).to(dtype)
+    _, _, _, db1, _, db2, _ = differentiate(ours(plan), leaves, cotangent)
+    oracle = leaves[5].detach().double() * cotangent.double()
+    for expert in range(2):
+        assert_near(db2[expert], oracle[expert::2].sum(0), dtype)
+    for i, together in ((2, db1), (4, db2)):
+        some = [t.detach().requires_grad_(i == j) for j, t in enumerate(leaves)]
+        assert torch.equal(torch.autograd.grad(ours(plan)(some), some[i], cotangent)[0], together)
+
+
 def test_how_many_parts():
     assert triton_weight_grad.splits_for(4096, 100_000, 16, 132, 64) == 1  # enough tiles for all processors
-    assert triton_weight_grad.splits_for(144, 32_256, 16, 132, 64) == 2
+    assert triton_weight_grad.splits_for(132, 10**6, 16, 132, 64) == 1  # one each
+    assert triton_weight_grad.splits_for(131, 32_256, 16, 132, 64) == 2
     assert triton_weight_grad.splits_for(16, 32_256, 16, 132, 64) == 3  # each part still has 8 blocks of rows
+    assert triton_weight_grad.splits_for(1, 10**6, 1, 132, 64) == 16
     assert triton_weight_grad.splits_for(1, 0, 16, 132, 64) == 1
 
 
@@ -191,6 +346,14 @@ def test_unused_slots_empty_experts_and_duplicates():
     y, dx, *dw, dgates = differentiate(ours(plan), leaves, cotangent)
     assert all(t.isfinite().all() for t in (y, dx, dgates))
     assert all(t[4:].eq(0).all() and t[:4].flatten(1).ne(0).any(1).all() for t in dw)
+
+
+def test_gates_of_many_experts(monkeypatch):
+    """More experts than one block: every slot is written by the block of its expert, an unused one by the last."""
+    monkeypatch.setattr(triton_gate_grad, "BLOCK_E", 16)
+    idx = torch.randint(-1, 37, (70, 3))
+    for bias in (True, False):
+        check(*make(70, 8, 16, 24, 37, 3, bias=bias, idx=idx))
 
 
 def test_nothing_in_an_unused_slot_matters():
@@ -252,14 +415,8 @@ def test_nothing_to_do(rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_uninitialised_memory_is_never_read(dtype):
-    """torch fills new tensors with NaN in this mode; a lane that nobody wrote would show."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        leaves, idx = make(23, 8, 40, 6, 5, 3, idx=torch.randint(-1, 4, (23, 3)), dtype=dtype)
-        check(leaves, idx)
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_uninitialised_memory_is_never_read(poisoned, dtype):
+    check(*make(23, 8, 40, 6, 5, 3, idx=torch.randint(-1, 4, (23, 3)), dtype=dtype))
 
 
 def test_one_launch_for_inference(monkeypatch):
@@ -332,6 +489,59 @@ def test_grouped_linear(dtype, bias):
     for a, b in zip(got, oracle, strict=True):
         assert_near(a, b, dtype)
     assert got[0][ids == -1].eq(0).all() and got[2][3].eq(0).all()
+
+
+# --- what the kernels share -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def activations_kernel(z, y, y2, slope, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    values = tl.load(z + at)
+    tl.store(y + at, triton_math.activate(values, ACTIVATION, False))
+    both = triton_math.activate_and_derive(values, ACTIVATION, False)
+    tl.store(y2 + at, both[0])
+    tl.store(slope + at, both[1])
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_activations_of_16_bit_results(activation):
+    """Of every size from nothing to infinity, and NaN; to a rounding or two of float32."""
+    special = torch.tensor([0.0, -0.0, 1e-30, 1e30, -1e30, torch.inf, -torch.inf, torch.nan])
+    z = torch.cat([torch.linspace(-40, 40, 8192 - 8), special])
+    y, y2, slope = torch.empty(3, 8192)
+    activations_kernel[(1,)](z, y, y2, slope, activation, 8192)
+    exact = z.double().requires_grad_()
+    oracle = getattr(torch.nn.functional, activation)(exact)
+    (derivative,) = torch.autograd.grad(oracle.sum(), exact)
+    finite = z.isfinite()
+    for values in (y, y2):
+        assert ((values - oracle).abs() / oracle.abs().clamp(min=1))[finite].max() < 3e-7
+        assert values[-3] == torch.inf and values[-1].isnan()
+    assert (slope - derivative)[finite].abs().max() < 1e-6 and slope[-1].isnan()
+
+
+def test_constants_in_another_order_are_refused(monkeypatch):
+    """Compiled kernels take them by their places."""
+    calls = []
+    monkeypatch.setattr(triton_combine, "launch", lambda *call, **options: calls.append((call, options)))
+    ys, gates, plan = torch.randn(3, 5), torch.rand(3, 1), ops.plan_routing(torch.tensor([[1], [0], [-1]]), 2)
+    y = triton_combine.combine(ys, gates, plan.inverse, plan.offsets, 1)
+    (((kernel, grid, args, constants), options),) = calls
+    triton_launch.launch(kernel, grid, args, constants, **options)
+    torch.testing.assert_close(y, torch.stack([ys[1] * gates[0], ys[0] * gates[1], torch.zeros(5)]))
+    for wrong in (dict(reversed(constants.items())), constants | {"MORE": 1}, {"SLOTS": 1}):
+        with pytest.raises(TypeError, match=f"constants: got .*'{[*wrong][-1]}'.* after {len(args)} arguments"):
+            triton_launch.launch(kernel, grid, args, wrong, **options)
+
+
+def test_sums_of_the_host():
+    for number in (*range(1, 70), 127, 128, 129, 2**20 - 1, 2**20, 2**20 + 1):
+        assert triton_launch.power_of_2(number) == 2 ** math.ceil(math.log2(number))
+        for block in (1, 7, 64):
+            assert triton_launch.count(number, block) == math.ceil(number / block)
+    assert triton_launch.count(0, 64) == 0
 
 
 # --- choice -----------------------------------------------------------------------------------------------------------
