@@ -94,7 +94,7 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
         used.add(line)
         return line.config
 
-    def record(function, *args, grid, warmup, num_warps=4, num_stages=3, maxnreg=None, launch_pdl=False, **constants):
+    def record(function, *args, grid, warmup, num_warps=4, num_stages=3, maxnreg=None, **constants):
         given = dict(zip(function.arg_names, args, strict=False)) | constants
         free = {p.name for p in function.params if p.do_not_specialize}  # compiled for any value
         signature, constant, aligned = [], [], []
@@ -115,7 +115,6 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
                 aligned += [name] * (value % 16 == 0)
         options = (("num_warps", num_warps), ("num_stages", num_stages))
         options += (("maxnreg", maxnreg),) if maxnreg else ()
-        options += (("launch_pdl", True),) if launch_pdl else ()
         module = function.fn.__module__
         key = Launch(module, function.fn.__name__, arch, tuple(signature), tuple(constant), tuple(aligned), options)
         found.add(key)

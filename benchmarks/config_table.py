@@ -95,7 +95,7 @@ def text(table: list[Entry]) -> str:
     for entry in table:
         config = asdict(entry.config)
         for field in fields(Config):
-            if field.name in ("group", "epilogues", "registers", "persistent") and config[field.name] == field.default:
+            if field.name in ("group", "epilogues", "registers") and config[field.name] == field.default:
                 del config[field.name]
         line = {name: getattr(entry, name) for name in ("kernel", "arch", "bits", "glu", "max_rows", "max_width")}
         lines.append(json.dumps({n: v for n, v in line.items() if v is not None} | {"config": config}))

@@ -41,11 +41,10 @@ from moe_mtl.kernels.configs import KERNELS, Config, Entry  # noqa: E402
 MOST_CONFIGS = 12
 COMPILE_SHARE = 0.55  # of the seconds
 AGREE = {16: 2e-2, 32: 5e-3}  # relative difference to the result of the table's config
-ROW_TILES = {  # block_m, block_n, block_k, warps, stages, epilogues, registers, persistent
+ROW_TILES = {  # block_m, block_n, block_k, warps, stages, epilogues, registers
     16: (
-        (128, 128, 64, 8, 3), (128, 128, 64, 8, 3, 1, None, 2), (64, 128, 64, 4, 3), (64, 128, 64, 4, 4),
-        (128, 256, 64, 8, 4, 2, None, 1), (128, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 128, 4, 3),
-        (128, 128, 64, 4, 3),
+        (128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (128, 64, 64, 4, 3), (64, 64, 64, 4, 4),
+        (64, 64, 128, 4, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 3),
     ),
     32: (
         (64, 128, 32, 4, 3), (128, 64, 32, 4, 3), (128, 128, 32, 8, 3), (64, 64, 16, 4, 4), (128, 128, 16, 8, 3),
@@ -53,9 +52,8 @@ ROW_TILES = {  # block_m, block_n, block_k, warps, stages, epilogues, registers,
     ),
 }  # fmt: skip
 FINISHED = (  # kernels that do more than store a tile: in parts, and with room for a second program beside the first
-    (128, 128, 64, 8, 3, 4, 128), (128, 128, 64, 8, 3, 4, 128, 2), (64, 128, 64, 4, 3, 4, 128),
-    (128, 256, 64, 8, 4, 4, None, 1), (64, 128, 64, 4, 3, 4, 168, 3), (64, 64, 64, 4, 3, 2, 128),
-    (128, 64, 64, 8, 3, 2, 128), (64, 128, 64, 4, 3, 4, 168), (64, 128, 64, 4, 3), (128, 128, 64, 8, 3, 4),
+    (128, 128, 64, 8, 3, 4, 128), (64, 128, 64, 4, 3, 4, 128), (64, 64, 64, 4, 3, 2, 128), (128, 64, 64, 8, 3, 2, 128),
+    (64, 128, 64, 4, 3, 4, 168), (64, 128, 64, 4, 3, 2), (128, 128, 64, 8, 3, 4), (128, 256, 64, 8, 3, 4),
     (64, 64, 128, 4, 3, 2),
 )  # fmt: skip
 LISTED = {
@@ -102,8 +100,8 @@ def candidates(kernel: str, bits: int, lines: list[Entry]) -> list[Config]:
     return list(dict.fromkeys([*mine, *listed]))[:MOST_CONFIGS]
 
 
-def _config(m: int, n: int, k: int, warps: int, stages: int, epilogues=1, registers=None, persistent=None) -> Config:
-    return Config(m, n, k, warps, stages, epilogues=epilogues, registers=registers, persistent=persistent)
+def _config(m: int, n: int, k: int, warps: int, stages: int, epilogues=1, registers=None) -> Config:
+    return Config(m, n, k, warps, stages, epilogues=epilogues, registers=registers)
 
 
 def problems(shape: Shape, kind: str, device: torch.device, processors: int) -> list[Problem]:
@@ -111,7 +109,7 @@ def problems(shape: Shape, kind: str, device: torch.device, processors: int) -> 
 
     On the device "meta" they hold no memory, and are good for compiling.
     """
-    from moe_mtl.kernels.gpu import SORTED_FROM
+    from moe_mtl.kernels.gpu import sorts_first
     from moe_mtl.kernels.triton_down import down
     from moe_mtl.kernels.triton_fused import fused, fused_fits
     from moe_mtl.kernels.triton_hidden_grad import hidden_grad
@@ -124,29 +122,29 @@ def problems(shape: Shape, kind: str, device: torch.device, processors: int) -> 
     e, d, h, k, wide, rows = shape.experts, shape.dim, shape.hidden, shape.k, shape.wide, shape.rows
     sizes = ((shape.tokens, d), (rows, d), (rows, wide), (rows, wide), (rows, h))
     x, dys, z, dz, hidden = (values(*size) for size in sizes)
-    gather = wide < SORTED_FROM or kind in ("fp32", "tf32")
+    gather = not sorts_first(x, rows, wide)
     xs = x if gather else values(rows, d)
     w1, w2 = values(e, wide, d) / d**0.5, values(e, d, h) / h**0.5
     b1, b2 = (None, None) if shape.glu else (values(e, wide), values(e, d))
     gates, sort = torch.rand(shape.tokens, k, device=device), _plan(shape, device)
     act, glu, exact = shape.activation, shape.glu, "tf32" if kind == "tf32" else "ieee"
 
-    def tables(c: Config) -> tuple[Tensor, Tensor, Tensor]:
-        return sort.order, sort.offsets, plan.tiles_of(sort, c.block_m)
+    def tables(c: Config) -> tuple[Tensor, Tensor]:
+        return sort.order, plan.tiles_of(sort, c.block_m)
 
     def run_up(save: bool, c: Config) -> tuple[Tensor, ...]:
-        return up(xs, w1, b1, *tables(c), k, act, glu, save, exact, c, processors, gather=gather)
+        return up(xs, w1, b1, *tables(c), k, act, glu, save, exact, c, gather=gather)
 
     def run_down(c: Config) -> tuple[Tensor, ...]:
-        return (down(hidden, w2, b2, *tables(c), exact, c, processors, out=x.new_empty(rows, d)),)
+        return (down(hidden, w2, b2, *tables(c), exact, c, out=x.new_empty(rows, d)),)
 
     def run_input_grad(c: Config) -> tuple[Tensor, ...]:
         out = x.new_empty(rows, d)
-        return (down(dz, w1, None, *tables(c), exact, c, processors, out=out, transposed=True),)
+        return (down(dz, w1, None, *tables(c), exact, c, out=out, transposed=True),)
 
     def run_hidden_grad(c: Config) -> tuple[Tensor, ...]:
         need = {"need_dz": True, "need_ph": True, "need_parts": True}
-        return hidden_grad(dys, w2, z, gates, *tables(c), act, glu, exact, c, processors, **need)
+        return hidden_grad(dys, w2, z, gates, *tables(c), act, glu, exact, c, **need)
 
     def run_weight_grad(first: bool, c: Config) -> tuple[Tensor, ...]:
         a, b = (dz, xs) if first else (dys, hidden)
@@ -356,7 +354,6 @@ def report(found: Found, chosen: dict[Bucket, Config], lines: list[Entry]) -> li
 def short(config: Config) -> str:
     more = f" epilogues {config.epilogues}" if config.epilogues != 1 else ""
     more += f" registers {config.registers}" if config.registers else ""
-    more += f" persistent {config.persistent}" if config.persistent else ""
     return f"{config.block_m}x{config.block_n}x{config.block_k} w{config.warps} s{config.stages}{more}"
 
 

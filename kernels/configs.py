@@ -28,7 +28,6 @@ class Config:
         epilogues: parts of a tile's columns, 1, 2 or 4, that are finished one after the other, which saves registers.
         registers: per thread, at most; None for as many as the compiler wants. Few let two programs share a processor,
             so that one multiplies while the other finishes its tile.
-        persistent: programs per processor, each of which takes one tile after the other; None for a program per tile.
     """
 
     block_m: int
@@ -39,7 +38,6 @@ class Config:
     group: int = 8
     epilogues: int = 1
     registers: int | None = None
-    persistent: int | None = None
 
 
 INTERPRETED = Config(32, 32, 32)

@@ -23,6 +23,19 @@ from moe_mtl.kernels.triton_up import up
 from moe_mtl.kernels.triton_weight_grad import weight_grad
 
 SORTED_FROM = 768  # numbers made of each row, from which products of sorted rows pay for the sorting
+SORTED_ROWS = 8192  # rows from which they do; sorting fewer takes as long as launching a kernel
+
+
+def sorts_first(x: Tensor, rows: int, made: int) -> bool:
+    """Whether rows are brought into expert order before a product instead of gathered by it.
+
+    Args:
+        x: tokens [m, d].
+        rows: r, of all slots.
+        made: numbers the product makes of each.
+    """
+    blocks = x.element_size() == 2 and x.shape[1] % 8 == 0 and loads_blocks(x.device)
+    return blocks and made >= SORTED_FROM and rows >= SORTED_ROWS
 
 
 class _Launch:
@@ -42,16 +55,10 @@ class _Launch:
 
     def down(self, a: Tensor, w: Tensor, b: Tensor | None, out: Tensor, **how: bool) -> Tensor:
         config = self.config("down", out.shape[1])
-        plan, tiles = self.plan, self.tiles(config)
-        args = (plan.order, plan.offsets, tiles, self.precision, config, self.processors)
-        return down(a, w, b, *args, out=out, **how)
+        return down(a, w, b, self.plan.order, self.tiles(config), self.precision, config, out=out, **how)
 
     def sort_rows(self, x: Tensor, k: int, **how: Any) -> tuple[Tensor, Tensor | None]:
         return sort_rows(x, self.plan.order, self.plan.offsets, k, **how)
-
-    def sorted_pays(self, x: Tensor, width: int) -> bool:
-        """Whether rows are brought into expert order before a product that makes `width` numbers of each."""
-        return width >= SORTED_FROM and self.bits == 16 and x.shape[1] % 8 == 0 and loads_blocks(x.device)
 
     def weight_grad(self, a: Tensor, b: Tensor, k: int, **how: bool) -> tuple[Tensor, Tensor | None]:
         config, plan = self.config("weight_grad", b.shape[1]), self.plan
@@ -80,10 +87,9 @@ def moe_mlp(
         config = launch.config("fused", w2.shape[1])
         ys = fused(x, w1, b1, w2, b2, plan.order, launch.tiles(config), k, activation, launch.precision, config)
         return combine(ys, gates, plan.inverse, plan.offsets, k), x.new_empty(0, w1.shape[1])
-    config, gather = launch.config("up", w2.shape[2]), not launch.sorted_pays(x, w1.shape[1])
+    config, gather = launch.config("up", w2.shape[2]), not sorts_first(x, plan.order.shape[0], w1.shape[1])
     xs = x if gather else launch.sort_rows(x, k)[0]
-    args = (plan.order, plan.offsets, launch.tiles(config), k, activation, glu, save)
-    args += (launch.precision, config, launch.processors)
+    args = (plan.order, launch.tiles(config), k, activation, glu, save, launch.precision, config)
     h, z = up(xs, w1, b1, *args, gather=gather)
     ys = launch.down(h, w2, b2, x.new_empty(plan.order.shape[0], w2.shape[1]))
     return combine(ys, gates, plan.inverse, plan.offsets, k), z
@@ -116,8 +122,8 @@ def moe_mlp_backward(
     if need_dz or need_w2 or need_gates:
         config = launch.config("hidden_grad", w2.shape[2])
         wanted = {"need_dz": need_dz, "need_ph": need_w2, "need_parts": need_gates}
-        args = (dys, w2, z, gates, plan.order, plan.offsets, launch.tiles(config), activation, glu)
-        dz, ph, parts = hidden_grad(*args, launch.precision, config, launch.processors, **wanted)
+        args = (dys, w2, z, gates, plan.order, launch.tiles(config), activation, glu, launch.precision, config)
+        dz, ph, parts = hidden_grad(*args, **wanted)
     if need_gates:
         dgates = gate_grad(parts, dy, b2, plan.inverse, plan.offsets, k, launch.precision, gates.dtype)
     if need_w2:
@@ -127,7 +133,7 @@ def moe_mlp_backward(
     del dys, ph  # their memory is free for what follows
     if need_w1:
         x = _rows(x)
-        gather = not launch.sorted_pays(x, w1.shape[1])
+        gather = not sorts_first(x, plan.order.shape[0], w1.shape[1])
         xs = x if gather else launch.sort_rows(x, k)[0]
         dw1, db1 = launch.weight_grad(dz, xs, k, bias=need_b1, gather=gather)
         del xs

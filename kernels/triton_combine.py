@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.triton_launch import count, launch
-from moe_mtl.kernels.triton_math import cast, follow
+from moe_mtl.kernels.triton_math import cast
 
 BLOCK_M, BLOCK_N = 16, 128
 
@@ -23,10 +23,8 @@ def combine_kernel(
     WEIGHTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """One tile of tokens and their width."""
-    follow(OVERLAP)
     ts = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     live, inside = ts < tokens, ns < width

@@ -9,18 +9,17 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
-from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of, power_of_2, programs
-from moe_mtl.kernels.triton_math import cast, follow, pieces
-from moe_mtl.kernels.triton_product import grouped_order, product, tiles_used
+from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of
+from moe_mtl.kernels.triton_math import cast, pieces
+from moe_mtl.kernels.triton_product import grouped_order, product
 
 
-@triton.jit(do_not_specialize=["row_tiles", "num_experts"])
+@triton.jit(do_not_specialize=["row_tiles"])
 def down_kernel(
     a,
     w,
     b,
     order,
-    offsets,
     tiles,
     c,
     a_stride,
@@ -28,7 +27,6 @@ def down_kernel(
     inner,
     width,
     row_tiles,
-    num_experts,
     TRANSPOSED: tl.constexpr,
     BIAS: tl.constexpr,
     GATHER: tl.constexpr,
@@ -43,61 +41,12 @@ def down_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     EPILOGUES: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    """Tiles of rows and outputs: one, or with PERSISTENT every n-th of n programs. DESCRIBED: see `product`."""
-    follow(OVERLAP)
-    columns = tl.cdiv(width, BLOCK_N)
-    if PERSISTENT:
-        # as one loop, so that the next tile's numbers are on their way while this one is finished
-        used = tiles_used(offsets, num_experts, EXPERTS, BLOCK_M)
-        for t in tl.range(tl.program_id(0), used * columns, tl.num_programs(0), flatten=True):
-            tile, column = grouped_order(t, used, columns, GROUP)
-            _tile(
-                a, w, b, order, tiles, c, a_stride, w_stride, inner, width, tile, column, TRANSPOSED, BIAS, GATHER,
-                SCATTER, EVEN_N, EVEN_K, DESCRIBED_A, DESCRIBED_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EPILOGUES,
-            )  # fmt: skip
-    else:
-        tile, column = grouped_order(tl.program_id(0), row_tiles, columns, GROUP)
-        if tl.load(tiles + 3 * tile) < 0:
-            return
-        _tile(
-            a, w, b, order, tiles, c, a_stride, w_stride, inner, width, tile, column, TRANSPOSED, BIAS, GATHER, SCATTER,
-            EVEN_N, EVEN_K, DESCRIBED_A, DESCRIBED_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EPILOGUES,
-        )  # fmt: skip
-
-
-@triton.jit
-def _tile(
-    a,
-    w,
-    b,
-    order,
-    tiles,
-    c,
-    a_stride,
-    w_stride,
-    inner,
-    width,
-    tile,
-    column,
-    TRANSPOSED: tl.constexpr,
-    BIAS: tl.constexpr,
-    GATHER: tl.constexpr,
-    SCATTER: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    DESCRIBED_A: tl.constexpr,
-    DESCRIBED_W: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EPILOGUES: tl.constexpr,
-):
+    """One tile of rows and outputs. DESCRIBED: see `product`."""
+    tile, column = grouped_order(tl.program_id(0), row_tiles, tl.cdiv(width, BLOCK_N), GROUP)
     expert = tl.load(tiles + 3 * tile)
+    if expert < 0:
+        return
     first = tl.load(tiles + 3 * tile + 1)
     rows = first + tl.arange(0, BLOCK_M)
     live = rows < tl.load(tiles + 3 * tile + 2)
@@ -138,11 +87,9 @@ def down(
     w: Tensor,
     b: Tensor | None,
     order: Tensor,
-    offsets: Tensor,
     tiles: Tensor,
     precision: str,
     config: Config,
-    processors: int,
     *,
     out: Tensor,
     transposed: bool = False,
@@ -156,11 +103,9 @@ def down(
         w: [e, o, i], or [e, i, o] where `transposed`; each expert contiguous.
         b: [e, o], contiguous, or None.
         order: of the plan, int32 [r].
-        offsets: of the plan, int32 [e + 1].
         tiles: the plan's tiles of `config.block_m` rows, int32 [n, 3].
         precision: "ieee" or "tf32", of float32 products.
         config: tile sizes.
-        processors: of the chip.
         out: contiguous.
         transposed: the weights' axes are the other way round.
         gather: rows of `a` are in the order of slots, not sorted.
@@ -171,11 +116,11 @@ def down(
     engine_a, engine_w = not gather and describable(a), describable(w)
     launch(
         down_kernel,
-        programs(config, tiles.shape[0] * count(width, block_n), processors, engine_a and engine_w),
+        (tiles.shape[0] * count(width, block_n),),
         (
             described(a, block_m, block_k) if engine_a else a,
             described(w, 1, *((block_k, block_n) if transposed else (block_n, block_k))) if engine_w else w,
-            *(b, order, offsets, tiles, out, a.stride(0), w.stride(0), inner, width, tiles.shape[0], w.shape[0]),
+            *(b, order, tiles, out, a.stride(0), w.stride(0), inner, width, tiles.shape[0]),
         ),
         {
             "TRANSPOSED": transposed,
@@ -192,8 +137,6 @@ def down(
             "BLOCK_K": block_k,
             "GROUP": config.group,
             "EPILOGUES": config.epilogues,
-            "PERSISTENT": bool(config.persistent) and engine_a and engine_w,
-            "EXPERTS": power_of_2(w.shape[0]),
         },
         **options_of(config),
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
 from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of
-from moe_mtl.kernels.triton_math import activate, cast, dot, follow, load_block
+from moe_mtl.kernels.triton_math import activate, cast, dot, load_block
 
 WIDEST = 192  # columns up to which it is faster than a launch for each layer
 
@@ -48,10 +48,8 @@ def fused_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """One tile of rows, all hidden units, the whole width of the result. DESCRIBED: the weights are descriptors."""
-    follow(OVERLAP)
     tile = tl.program_id(0)
     expert = tl.load(tiles + 3 * tile)
     if expert < 0:

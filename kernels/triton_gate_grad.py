@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.triton_launch import count, launch, power_of_2
-from moe_mtl.kernels.triton_math import cast, dot, follow, load_block
+from moe_mtl.kernels.triton_math import cast, dot, load_block
 
 BLOCK_M, BLOCK_E, BLOCK_K = 64, 64, 64
 
@@ -31,13 +31,11 @@ def gate_grad_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """A block of tokens and of experts: the slots of these experts, and with the last block the unused ones.
 
     Products with the biases of all these experts are made, and each slot takes its own.
     """
-    follow(OVERLAP)
     ts = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = ts < tokens
     es = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
@@ -105,10 +103,10 @@ def gate_grad(
             "BIAS": b2 is not None,
             "EVEN": width % BLOCK_K == 0,
             "EXPERTS": block_e,
-            "PRECISION": precision,
+            "PRECISION": "ieee" if b2 is None else precision,
             "BLOCK_M": BLOCK_M,
             "BLOCK_K": BLOCK_K,
         },
-        warps=4,
+        warps=4 if dy.element_size() == 2 else 8,
     )
     return out

@@ -11,19 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
-from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of, power_of_2, programs
-from moe_mtl.kernels.triton_math import activate_and_derive, cast, follow, pieces
-from moe_mtl.kernels.triton_product import grouped_order, product, tiles_used
+from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of
+from moe_mtl.kernels.triton_math import activate_and_derive, cast, pieces
+from moe_mtl.kernels.triton_product import grouped_order, product
 
 
-@triton.jit(do_not_specialize=["row_tiles", "num_experts", "slots"])
+@triton.jit(do_not_specialize=["row_tiles", "slots"])
 def hidden_grad_kernel(
     dys,
     w,
     z,
     gates,
     order,
-    offsets,
     tiles,
     dz,
     ph,
@@ -32,7 +31,6 @@ def hidden_grad_kernel(
     out_dim,
     hidden,
     row_tiles,
-    num_experts,
     slots,
     ACTIVATION: tl.constexpr,
     GLU: tl.constexpr,
@@ -49,67 +47,12 @@ def hidden_grad_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     EPILOGUES: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    """Tiles of rows and hidden units: one, or with PERSISTENT every n-th of n programs. DESCRIBED: see `product`."""
-    follow(OVERLAP)
-    columns = tl.cdiv(hidden, BLOCK_N)
-    if PERSISTENT:
-        # as one loop, so that the next tile's numbers are on their way while this one is finished
-        used = tiles_used(offsets, num_experts, EXPERTS, BLOCK_M)
-        for t in tl.range(tl.program_id(0), used * columns, tl.num_programs(0), flatten=True):
-            tile, column = grouped_order(t, used, columns, GROUP)
-            _tile(
-                dys, w, z, gates, order, tiles, dz, ph, parts, w_stride, out_dim, hidden, slots, tile, column,
-                ACTIVATION, GLU, STORE_DZ, STORE_PH, STORE_PARTS, EVEN_N, EVEN_K, DESCRIBED_A, DESCRIBED_W, PRECISION,
-                BLOCK_M, BLOCK_N, BLOCK_K, EPILOGUES,
-            )  # fmt: skip
-    else:
-        tile, column = grouped_order(tl.program_id(0), row_tiles, columns, GROUP)
-        if tl.load(tiles + 3 * tile) < 0:
-            return
-        _tile(
-            dys, w, z, gates, order, tiles, dz, ph, parts, w_stride, out_dim, hidden, slots, tile, column,
-            ACTIVATION, GLU, STORE_DZ, STORE_PH, STORE_PARTS, EVEN_N, EVEN_K, DESCRIBED_A, DESCRIBED_W, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_K, EPILOGUES,
-        )  # fmt: skip
-
-
-@triton.jit
-def _tile(
-    dys,
-    w,
-    z,
-    gates,
-    order,
-    tiles,
-    dz,
-    ph,
-    parts,
-    w_stride,
-    out_dim,
-    hidden,
-    slots,
-    tile,
-    column,
-    ACTIVATION: tl.constexpr,
-    GLU: tl.constexpr,
-    STORE_DZ: tl.constexpr,
-    STORE_PH: tl.constexpr,
-    STORE_PARTS: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    DESCRIBED_A: tl.constexpr,
-    DESCRIBED_W: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EPILOGUES: tl.constexpr,
-):
+    """One tile of rows and hidden units. DESCRIBED: see `product`."""
+    tile, column = grouped_order(tl.program_id(0), row_tiles, tl.cdiv(hidden, BLOCK_N), GROUP)
     expert = tl.load(tiles + 3 * tile)
+    if expert < 0:
+        return
     first = tl.load(tiles + 3 * tile + 1)
     rows = first + tl.arange(0, BLOCK_M)
     live = rows < tl.load(tiles + 3 * tile + 2)
@@ -181,13 +124,11 @@ def hidden_grad(
     z: Tensor,
     gates: Tensor,
     order: Tensor,
-    offsets: Tensor,
     tiles: Tensor,
     activation: str,
     glu: bool,
     precision: str,
     config: Config,
-    processors: int,
     *,
     need_dz: bool,
     need_ph: bool,
@@ -203,13 +144,11 @@ def hidden_grad(
         z: [r, (1|2)h], contiguous.
         gates: [m, k], contiguous.
         order: of the plan, int32 [r].
-        offsets: of the plan, int32 [e + 1].
         tiles: the plan's tiles of `config.block_m` rows, int32 [n, 3].
         activation: "gelu", "silu" or "relu".
         glu: gated linear unit.
         precision: "ieee" or "tf32", of float32 products.
         config: tile sizes.
-        processors: of the chip.
         need_dz: whether dz is wanted.
         need_ph: whether p h is wanted.
         need_parts: whether the gates' gradient is wanted.
@@ -223,12 +162,12 @@ def hidden_grad(
     engine_a, engine_w = describable(dys), describable(w2)
     launch(
         hidden_grad_kernel,
-        programs(config, tiles.shape[0] * columns, processors, engine_a and engine_w),
+        (tiles.shape[0] * columns,),
         (
             described(dys, block_m, block_k) if engine_a else dys,
             described(w2, 1, block_k, block_n) if engine_w else w2,
-            *(z, gates, order, offsets, tiles, dz, ph, parts, w2.stride(0), out_dim, hidden),
-            *(tiles.shape[0], w2.shape[0], rows),
+            *(z, gates, order, tiles, dz, ph, parts, w2.stride(0), out_dim, hidden),
+            *(tiles.shape[0], rows),
         ),
         {
             "ACTIVATION": activation,
@@ -246,8 +185,6 @@ def hidden_grad(
             "BLOCK_K": block_k,
             "GROUP": config.group,
             "EPILOGUES": config.epilogues,
-            "PERSISTENT": bool(config.persistent) and engine_a and engine_w,
-            "EXPERTS": power_of_2(w2.shape[0]),
         },
         **options_of(config),
     )

@@ -14,8 +14,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_mtl.kernels import configs
 from moe_mtl.kernels.configs import Config
 
-OVERLAP = True  # launches kernels before the ones they follow have finished
-
 _compiled: dict[tuple, Any] = {}
 _free: dict[int, tuple[bool, ...]] = {}  # which parameters of a kernel are compiled for any value
 
@@ -31,10 +29,8 @@ def launch(
 ) -> None:
     """Launches a kernel on the device of its first argument.
 
-    From Hopper on a kernel is launched while the one before it on the stream still runs, and waits for it on the GPU.
-
     Args:
-        kernel: decorated with `triton.jit`; its parameters are the arguments and the constants in order, and OVERLAP.
+        kernel: decorated with `triton.jit`; its parameters are the arguments and then the constants, in order.
         grid: programs, up to three axes.
         args: tensors, `TensorDescriptor`s, integers, None.
         constants: the compile-time constants, all of them, in the order of the parameters.
@@ -47,10 +43,6 @@ def launch(
     if on_gpu and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, args, constants, warps, stages, **options)
-    overlap = OVERLAP and configs.chip(device)[0] >= 90
-    constants = constants | {"OVERLAP": overlap}
-    if overlap:
-        options["launch_pdl"] = True
     key = compiled = None
     if on_gpu:
         free = _free.get(id(kernel))
@@ -95,11 +87,6 @@ def options_of(config: Config) -> dict[str, int]:
     """The options of the compiler in a config."""
     more = {"maxnreg": config.registers} if config.registers else {}
     return {"warps": config.warps, "stages": config.stages, **more}
-
-
-def programs(config: Config, tiles: int, processors: int, described: bool) -> tuple[int]:
-    """The grid: a program per tile, or as many as run at a time where the config says so and blocks are `described`."""
-    return (min(tiles, config.persistent * processors) if config.persistent and described else tiles,)
 
 
 def described(t: Tensor, *block: int) -> Tensor | TensorDescriptor:

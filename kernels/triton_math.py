@@ -11,14 +11,6 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def follow(OVERLAP: tl.constexpr):
-    """The first thing a kernel does: waits for the one before it, where it was launched before that had finished."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b in float32. The interpreter multiplies the bit patterns of bfloat16, so there both go up first."""
     if INTERPRETED:

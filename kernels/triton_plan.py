@@ -12,7 +12,6 @@ from torch import Tensor
 
 from moe_mtl.kernels.plan import TILE_ROWS, tile_bound
 from moe_mtl.kernels.triton_launch import count, launch, power_of_2
-from moe_mtl.kernels.triton_math import follow
 
 ONE_LAUNCH = 8192  # slots
 BLOCK = 128  # slots ranked at once, which eight bits can count
@@ -112,10 +111,8 @@ def sort_kernel(
     SMALL: tl.constexpr,
     MIDDLE: tl.constexpr,
     LARGE: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """A block of order and inverse, or a part of the tiles: all from the ids, at most CHUNK."""
-    follow(OVERLAP)
     pid = tl.program_id(0)
     blocks = tl.cdiv(slots, BLOCK)
     at = pid * BLOCK + tl.arange(0, BLOCK)
@@ -133,11 +130,8 @@ def sort_kernel(
 
 
 @triton.jit(do_not_specialize=["slots", "num_experts", "share"])
-def count_kernel(
-    idx, counts, slots, num_experts, share, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr
-):
+def count_kernel(idx, counts, slots, num_experts, share, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
     """Slots of each expert in a share, int16 (two to a number of `counts`)."""
-    follow(OVERLAP)
     pid = tl.program_id(0)
     stop = tl.minimum(slots, (pid + 1) * share)
     total = tl.zeros([EXPERTS], tl.int32)
@@ -165,10 +159,8 @@ def place_kernel(
     SMALL: tl.constexpr,
     MIDDLE: tl.constexpr,
     LARGE: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Order and inverse of a share, or a part of the tiles, from the counts of all shares."""
-    follow(OVERLAP)
     pid = tl.program_id(0)
     shares = tl.cdiv(slots, share)
     es = tl.arange(0, EXPERTS)

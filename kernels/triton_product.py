@@ -1,4 +1,4 @@
-"""What products of rows with their expert's weights share: a tile's product, and the way through the tiles."""
+"""What products of rows with their expert's weights share: a tile's product, and the order of tiles."""
 
 import triton
 import triton.language as tl
@@ -14,15 +14,6 @@ def grouped_order(pid, row_tiles, col_tiles, GROUP: tl.constexpr):
     size = tl.minimum(row_tiles - first, GROUP)
     within = pid % span
     return first + within % size, within // size
-
-
-@triton.jit
-def tiles_used(offsets, num_experts, EXPERTS: tl.constexpr, HEIGHT: tl.constexpr):
-    """How many tiles of that height hold rows: they come first in the table."""
-    es = tl.arange(0, EXPERTS)
-    begins = tl.load(offsets + es, mask=es < num_experts, other=0)
-    ends = tl.load(offsets + 1 + es, mask=es < num_experts, other=0)
-    return tl.sum(tl.cdiv(ends - begins, HEIGHT))
 
 
 @triton.jit

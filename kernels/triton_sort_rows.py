@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.triton_launch import count, launch, power_of_2
-from moe_mtl.kernels.triton_math import follow
 
 HEIGHT = 32  # rows of a tile
 WIDEST = 128  # columns of a program
@@ -30,10 +29,8 @@ def sort_rows_kernel(
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """A block of rows and columns."""
-    follow(OVERLAP)
     blocks = tl.cdiv(width, BLOCK_N)
     block = tl.program_id(0) % blocks
     rows = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -8,18 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
-from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of, power_of_2, programs
-from moe_mtl.kernels.triton_math import activate, cast, follow, pieces
-from moe_mtl.kernels.triton_product import grouped_order, product, tiles_used
+from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of
+from moe_mtl.kernels.triton_math import activate, cast, pieces
+from moe_mtl.kernels.triton_product import grouped_order, product
 
 
-@triton.jit(do_not_specialize=["row_tiles", "num_experts"])
+@triton.jit(do_not_specialize=["row_tiles"])
 def up_kernel(
     x,
     w,
     b,
     order,
-    offsets,
     tiles,
     z,
     h,
@@ -28,7 +27,6 @@ def up_kernel(
     dim,
     hidden,
     row_tiles,
-    num_experts,
     SLOTS: tl.constexpr,
     GATHER: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -45,65 +43,12 @@ def up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     EPILOGUES: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    """Tiles of rows and hidden units: one, or with PERSISTENT every n-th of n programs. DESCRIBED: see `product`."""
-    follow(OVERLAP)
-    columns = tl.cdiv(hidden, BLOCK_N)
-    if PERSISTENT:
-        # as one loop, so that the next tile's numbers are on their way while this one is finished
-        used = tiles_used(offsets, num_experts, EXPERTS, BLOCK_M)
-        for t in tl.range(tl.program_id(0), used * columns, tl.num_programs(0), flatten=True):
-            tile, column = grouped_order(t, used, columns, GROUP)
-            _tile(
-                x, w, b, order, tiles, z, h, x_stride, w_stride, dim, hidden, tile, column, SLOTS, GATHER, ACTIVATION,
-                GLU, BIAS, STORE_Z, EVEN_N, EVEN_K, DESCRIBED_A, DESCRIBED_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-                EPILOGUES,
-            )  # fmt: skip
-    else:
-        tile, column = grouped_order(tl.program_id(0), row_tiles, columns, GROUP)
-        if tl.load(tiles + 3 * tile) < 0:
-            return
-        _tile(
-            x, w, b, order, tiles, z, h, x_stride, w_stride, dim, hidden, tile, column, SLOTS, GATHER, ACTIVATION, GLU,
-            BIAS, STORE_Z, EVEN_N, EVEN_K, DESCRIBED_A, DESCRIBED_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, EPILOGUES,
-        )  # fmt: skip
-
-
-@triton.jit
-def _tile(
-    x,
-    w,
-    b,
-    order,
-    tiles,
-    z,
-    h,
-    x_stride,
-    w_stride,
-    dim,
-    hidden,
-    tile,
-    column,
-    SLOTS: tl.constexpr,
-    GATHER: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GLU: tl.constexpr,
-    BIAS: tl.constexpr,
-    STORE_Z: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    DESCRIBED_A: tl.constexpr,
-    DESCRIBED_W: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EPILOGUES: tl.constexpr,
-):
+    """One tile of rows and hidden units. DESCRIBED: see `product`."""
+    tile, column = grouped_order(tl.program_id(0), row_tiles, tl.cdiv(hidden, BLOCK_N), GROUP)
     expert = tl.load(tiles + 3 * tile)
+    if expert < 0:
+        return
     first = tl.load(tiles + 3 * tile + 1)
     rows = first + tl.arange(0, BLOCK_M)
     live = rows < tl.load(tiles + 3 * tile + 2)
@@ -173,7 +118,6 @@ def up(
     w1: Tensor,
     b1: Tensor | None,
     order: Tensor,
-    offsets: Tensor,
     tiles: Tensor,
     k: int,
     activation: str,
@@ -181,7 +125,6 @@ def up(
     save: bool,
     precision: str,
     config: Config,
-    processors: int,
     *,
     gather: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -194,7 +137,6 @@ def up(
         w1: [e, (1|2)h, d], each expert contiguous.
         b1: [e, (1|2)h], contiguous, or None.
         order: of the plan, int32 [r].
-        offsets: of the plan, int32 [e + 1].
         tiles: the plan's tiles of `config.block_m` rows, int32 [n, 3].
         k: slots per token.
         activation: "gelu", "silu" or "relu".
@@ -202,7 +144,6 @@ def up(
         save: whether z is wanted.
         precision: "ieee" or "tf32", of float32 products.
         config: tile sizes.
-        processors: of the chip.
         gather: see `x`.
     """
     (_, wide, dim), rows = w1.shape, order.shape[0]
@@ -213,11 +154,11 @@ def up(
     engine_a, engine_w = not gather and describable(x), describable(w1)
     launch(
         up_kernel,
-        programs(config, tiles.shape[0] * count(hidden, block_n), processors, engine_a and engine_w),
+        (tiles.shape[0] * count(hidden, block_n),),
         (
             described(x, block_m, block_k) if engine_a else x,
             described(w1, 1, block_n, block_k) if engine_w else w1,
-            *(b1, order, offsets, tiles, z, h, x.stride(0), w1.stride(0), dim, hidden, tiles.shape[0], w1.shape[0]),
+            *(b1, order, tiles, z, h, x.stride(0), w1.stride(0), dim, hidden, tiles.shape[0]),
         ),
         {
             "SLOTS": k,
@@ -236,8 +177,6 @@ def up(
             "BLOCK_K": block_k,
             "GROUP": config.group,
             "EPILOGUES": config.epilogues,
-            "PERSISTENT": bool(config.persistent) and engine_a and engine_w,
-            "EXPERTS": power_of_2(w1.shape[0]),
         },
         **options_of(config),
     )

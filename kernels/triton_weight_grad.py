@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
 from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of
-from moe_mtl.kernels.triton_math import cast, dot, follow, load_block
+from moe_mtl.kernels.triton_math import cast, dot, load_block
 
 ONES = tl.constexpr(16)  # columns of the product that makes a bias, the fewest there are
 SUMMED = 1024  # numbers of a program of the second pass
@@ -45,10 +45,8 @@ def weight_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """One tile of an expert's weights, over one part of its rows. DESCRIBED: that argument is a descriptor."""
-    follow(OVERLAP)
     row_tiles, col_tiles = tl.cdiv(rows_out, BLOCK_M), tl.cdiv(cols_out, BLOCK_N)
     pid = tl.program_id(0)
     column = pid % col_tiles
@@ -115,7 +113,7 @@ def _accumulate(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Sums over rows begin to end; those of the bias by a product with the factors, which costs less than a sum."""
+    """Sums over rows begin to end; those of the bias by a product with the factors, cheaper than a sum."""
     whole = begin + (end - begin) // BLOCK_K * BLOCK_K
     ms, ns, ks = top + tl.arange(0, BLOCK_M), left + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     m_inside, n_inside = ms < rows_out, ns < cols_out
@@ -141,7 +139,7 @@ def _accumulate(
             source = tl.load(order + source, mask=source < end, other=0) // SLOTS
         acc = dot(tl.trans(x), y, acc, PRECISION)
         if BIAS:
-            total = dot(tl.trans(x), _factors(scale, start + ks, ks >= 0, SCALED, BLOCK_K, x.dtype), total, PRECISION)
+            total = _add_rows(total, x, scale, start + ks, ks >= 0, SCALED, BLOCK_K)
     if whole < end:  # rows past the end count as zeros on both sides: 0 times NaN is NaN
         live = whole + ks < end
         if DESCRIBED_A:
@@ -158,23 +156,28 @@ def _accumulate(
             y = load_block(b + source.to(tl.int64)[:, None] * b_stride + ns[None, :], live, n_inside, False, EVEN_N)
         acc = dot(tl.trans(x), y, acc, PRECISION)
         if BIAS:
-            total = dot(tl.trans(x), _factors(scale, whole + ks, live, SCALED, BLOCK_K, x.dtype), total, PRECISION)
+            total = _add_rows(total, x, scale, whole + ks, live, SCALED, BLOCK_K)
     return acc, tl.sum(total, 1) / ONES  # its columns are the same
 
 
 @triton.jit
-def _factors(scale, rows, live, SCALED: tl.constexpr, BLOCK_K: tl.constexpr, TYPE: tl.constexpr):
-    """Factors of the rows of a block, the same in every column; 1 unless SCALED."""
-    ones = tl.full([BLOCK_K, ONES], 1.0, tl.float32)
-    if SCALED:
-        ones *= tl.load(scale + rows, mask=live, other=0.0)[:, None]
-    return cast(ones, TYPE)
+def _add_rows(total, x, scale, rows, live, SCALED: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Sums of the rows of a block, times their factors where SCALED, added to every column of the total."""
+    if x.dtype == tl.float32:  # a product in TF32 would round what is only added up
+        if SCALED:
+            x *= tl.load(scale + rows, mask=live, other=0.0)[:, None]
+        total += tl.sum(x, 0)[:, None]
+    else:
+        factors = tl.full([BLOCK_K, ONES], 1.0, tl.float32)
+        if SCALED:
+            factors *= tl.load(scale + rows, mask=live, other=0.0)[:, None]
+        total = dot(tl.trans(x), cast(factors, x.dtype), total, "ieee")
+    return total
 
 
 @triton.jit(do_not_specialize=["splits"])
-def add_parts_kernel(parts, out, size, splits, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def add_parts_kernel(parts, out, size, splits, BLOCK: tl.constexpr):
     """Sums of a block of numbers over all parts, from the first to the last."""
-    follow(OVERLAP)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):

@@ -206,30 +206,28 @@ def test_products_of_sorted_rows(monkeypatch, poisoned, launched, glu, bias):
     assert [name for name, _, constants in launched if constants.get("GATHER")] == ["up", "weight_grad"]
     launched.clear()
     monkeypatch.setattr(gpu, "SORTED_FROM", 0)
+    monkeypatch.setattr(gpu, "SORTED_ROWS", 0)
     got = check(leaves, idx, cotangent, glu=glu)
     assert launched and not any(constants.get("GATHER") for _, _, constants in launched)
     assert all(map(torch.equal, got.values(), gathered))
 
 
 @pytest.mark.parametrize("glu", [False, True])
-def test_persistent_programs(monkeypatch, poisoned, launched, glu):
-    """Two programs that take one tile after the other, up to the last with rows."""
+def test_sorted_rows_of_few_experts(monkeypatch, poisoned, glu):
+    """Tiles that end within a block of rows, an expert without any, slots that are unused."""
     monkeypatch.setattr(gpu, "SORTED_FROM", 0)
-    monkeypatch.setattr(configs, "pick", lambda *_: configs.Config(32, 64, 64, group=2, persistent=2))
-    idx = torch.tensor([0] * 33 + [-1] * 3 + [2] * 5)[:, None]  # expert 1 is empty
+    monkeypatch.setattr(gpu, "SORTED_ROWS", 0)
+    monkeypatch.setattr(configs, "pick", lambda *_: configs.Config(32, 64, 64, group=2))
+    idx = torch.tensor([0] * 33 + [-1] * 3 + [2] * 5)[:, None]
     check(*make(41, 24, 72, 16, 3, 1, glu=glu, idx=idx, dtype=torch.bfloat16), glu=glu)
-    grids = {(name, grid) for name, grid, constants in launched if constants.get("PERSISTENT")}
-    assert grids == {("up", (2,)), ("down", (2,)), ("hidden_grad", (2,))}
 
 
-def test_persistent_programs_without_rows(monkeypatch, poisoned, launched):
+def test_sorted_rows_of_no_expert(monkeypatch, poisoned):
     monkeypatch.setattr(gpu, "SORTED_FROM", 0)
-    monkeypatch.setattr(configs, "pick", lambda *_: configs.Config(32, 64, 64, persistent=2))
+    monkeypatch.setattr(gpu, "SORTED_ROWS", 0)
     leaves, idx = make(5, 8, 16, 8, 3, 2, idx=torch.full((5, 2), -1), dtype=torch.bfloat16)
     got = differentiate(ours(ops.plan_routing(idx, 3)), leaves, torch.randn(5, 8))
     assert all(t.eq(0).all() for t in got)
-    persistent = [name for name, _, constants in launched if constants.get("PERSISTENT")]
-    assert persistent == ["up", "down", "hidden_grad", "down"]
 
 
 @pytest.mark.parametrize(
