@@ -124,6 +124,13 @@ def test_ids_out_of_range_are_unused_slots_where_nobody_checks():
     assert inverse[order.long()].tolist() == list(range(7))
 
 
+def test_ids_that_are_a_column_of_a_matrix():
+    ids = torch.randint(-1, 4, (50, 3))[:, 1]
+    assert not ids.is_contiguous()
+    for actual, expected in zip(triton_plan.plan(ids, 4), triton_plan.plan(ids.clone(), 4), strict=True):
+        assert torch.equal(actual, expected)
+
+
 @settings(max_examples=40, deadline=None, database=None, derandomize=True)
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=6), st.integers(0, 40), st.sampled_from([1, 32, 64]))
 def test_tiles_cover_each_row_once(counts, unused, height):
