@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -203,6 +203,31 @@ def compiled(shape: Shape, kind: str, place: int, config: Config, chip: tuple[in
     return ""
 
 
+def code_of(shape: Shape, kind: str, place: int, config: Config, chip: tuple[int, int]) -> tuple:
+    """What decides the code of a launch: two that agree in it are compiled once."""
+    from triton.runtime.jit import JITFunction
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    found = []
+
+    def read(function, *args, grid, warmup, **constants):
+        kinds = []
+        for parameter, arg in zip(function.params, args, strict=False):
+            if isinstance(arg, Tensor):
+                kinds.append(arg.dtype)
+            elif isinstance(arg, TensorDescriptor):
+                kinds.append((arg.base.dtype, *arg.block_shape))
+            else:  # of integers Triton looks at these two things
+                free = arg is None or parameter.do_not_specialize
+                kinds.append(arg is None if free else (arg == 1, arg % 16 == 0))
+        found.append((function.fn.__name__, *kinds, *constants.items()))
+
+    this_chip = mock.patch.object(configs, "chip", lambda _: chip)
+    with mock.patch.object(JITFunction, "run", read), this_chip:
+        problems(shape, kind, torch.device("meta"), chip[1])[place].run(config)
+    return tuple(found)
+
+
 def compile_all(
     shapes: list[Shape],
     kind: str,
@@ -213,25 +238,29 @@ def compile_all(
     kernels: tuple[str, ...] = KERNELS,
 ) -> dict[tuple[Shape, int, Config], str]:
     """What is wrong with each launch, or nothing; without those that took longer than the seconds."""
-    said, bits = {}, 8 * DTYPES[kind].itemsize
-    deadline = time.monotonic() + seconds
+    bits, deadline = 8 * DTYPES[kind].itemsize, time.monotonic() + seconds
     workers = max(1, min(12, len(os.sched_getaffinity(0)) - 2))
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    tasks = {}
+    codes: dict[tuple, Future] = {}
+    launches: dict[tuple[Shape, int, Config], tuple] = {}
     for shape in shapes:
         for place, problem in enumerate(problems(shape, kind, torch.device("meta"), chip[1])):
             if problem.kernel not in kernels:
                 continue
             for config in candidates(problem.kernel, bits, lines):
-                task = pool.submit(compiled, shape, kind, place, config, chip, shared_kib)
-                tasks[task] = (shape, place, config)
-    try:
-        for future in as_completed(tasks, timeout=max(1.0, deadline - time.monotonic())):
-            said[tasks[future]] = told(future.exception()) if future.exception() else future.result()
-    except TimeoutError:
-        print(f"{len(tasks) - len(said)} of {len(tasks)} launches were not compiled in time")
+                code = launches[shape, place, config] = code_of(shape, kind, place, config, chip)
+                if code not in codes:
+                    codes[code] = pool.submit(compiled, shape, kind, place, config, chip, shared_kib)
+    wait(codes.values(), timeout=max(1.0, deadline - time.monotonic()))
+    said = {
+        code: told(task.exception()) if task.exception() else task.result()
+        for code, task in codes.items()
+        if task.done()
+    }
+    if len(said) < len(codes):
+        print(f"{len(codes) - len(said)} of {len(codes)} kernels were not compiled in time")
     pool.shutdown(wait=False, cancel_futures=True)
-    return said
+    return {launch: said[code] for launch, code in launches.items() if code in said}
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------

@@ -145,6 +145,31 @@ print("same")
 """
 
 
+CODES = """
+import tune
+from moe_mtl.kernels.configs import Config
+from shapes import Shape
+
+def code(config=Config(64, 64, 64), place=0, **sizes):
+    made = dict(tokens=512, dim=128, hidden=128, experts=4, k=2) | sizes
+    return tune.code_of(Shape("a layer", **made), "bf16", place, config, (90, 132))
+
+assert code() == code(tokens=400) == code(dim=192) == code(hidden=256, experts=8), "other sizes, the same code"
+for other in (
+    code(k=4), code(glu=True), code(dim=136), code(dim=96), code(hidden=72), code(place=1),
+    code(Config(64, 64, 32)), code(Config(64, 64, 64, warps=8)), code(Config(64, 64, 64, registers=128)),
+):
+    assert other != code(), other
+assert tune.code_of(Shape("a layer", 512, 128, 128, 4, 2), "bf16", 0, Config(64, 64, 64), (80, 108)) != code(), "chip"
+print("told apart")
+"""
+
+
+def test_launches_of_the_same_code_are_compiled_once():
+    done = python(CODES, TRITON_INTERPRET="0")
+    assert done.stdout == "told apart\n", done.stderr
+
+
 def test_what_is_tuned_is_what_the_library_launches():
     done = python(LAUNCHES, TRITON_INTERPRET="0")
     assert done.stdout == "same\n", done.stderr
