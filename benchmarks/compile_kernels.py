@@ -97,11 +97,12 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
     def record(function, *args, grid, warmup, num_warps=4, num_stages=3, maxnreg=None, **constants):
         given = dict(zip(function.arg_names, args, strict=False)) | constants
         free = {p.name for p in function.params if p.do_not_specialize}  # compiled for any value
+        anywhere = {p.name for p in function.params if p.do_not_specialize_on_alignment}
         signature, constant, aligned = [], [], []
         for name, value in given.items():
             if isinstance(value, torch.Tensor):
                 signature.append((name, POINTERS[value.dtype]))
-                aligned.append(name)
+                aligned += [name] * (name not in anywhere)
             elif isinstance(value, TensorDescriptor):
                 block = ",".join(map(str, value.block_shape))
                 signature.append((name, f"tensordesc<{POINTERS[value.base.dtype][1:]}[{block}]>"))

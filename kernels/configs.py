@@ -41,6 +41,7 @@ class Config:
 
 
 INTERPRETED = Config(32, 32, 32)
+HOPPER_SHARED = 227 * 1024  # bytes a program can have, which the lines for 90 count on
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,14 @@ def pick(kernel: str, arch: int, bits: int, glu: bool, rows: int, width: int) ->
 
 @cache
 def chip(device: torch.device) -> tuple[int, int]:
-    """Compute capability (90 for 9.0) and number of processors of a device; 0 and 1 where kernels are interpreted."""
+    """Compute capability (90 for 9.0) and number of processors of a device; 0 and 1 where kernels are interpreted.
+
+    A newer chip with less memory beside its processors than Hopper, as consumers' are, counts as the last before it.
+    """
     if device.type != "cuda":
         return 0, 1
     properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
+    arch = 10 * properties.major + properties.minor
+    if arch >= 90 and properties.shared_memory_per_block_optin < HOPPER_SHARED:
+        arch = 89
+    return arch, properties.multi_processor_count

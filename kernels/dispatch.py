@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Where a kernel for another device joins: name -> module with the four functions of cpu.py, imported when it is used.
 BACKENDS = {"cpu": "moe_mtl.kernels.cpu", "triton": "moe_mtl.kernels.gpu", "grouped_mm": "moe_mtl.kernels.grouped_mm"}
@@ -53,8 +54,10 @@ def interpreted() -> bool:
 def resolve(backend: str, x: Tensor, *widths: int) -> str:
     """The backend that will run.
 
-    "auto" takes Triton on the GPUs it is written for. On other devices it takes torch's grouped product where dtype and
-    widths allow it; for all else, float64 among it, the segments of cpu.py, which run anywhere but ask for counts.
+    "auto" takes the reference under torch.func.grad, vjp, jvp and forward mode: no other backend has formulas for them.
+    Elsewhere it takes Triton on the GPUs it is written for. On other devices it takes torch's grouped product where
+    dtype and widths allow it; for all else, float64 among it, the segments of cpu.py, which run anywhere but ask for
+    counts.
 
     Args:
         backend: "auto", "reference" or a name in `BACKENDS`.
@@ -64,6 +67,13 @@ def resolve(backend: str, x: Tensor, *widths: int) -> str:
     Raises:
         ValueError: the name is unknown, or that backend cannot run on these tokens.
     """
+    if backend != "reference" and transformed():
+        if backend != "auto":
+            raise ValueError(
+                f"backend: {backend!r} has no formulas for torch.func.grad, vjp, jvp or forward mode; use 'auto' or "
+                "'reference'"
+            )
+        return "reference"
     whole_rows = x.dtype != torch.float64 and all(width * x.element_size() % 16 == 0 for width in widths)
     if backend == "auto":
         if x.device.type == "cpu" or x.dtype == torch.float64:
@@ -153,6 +163,20 @@ def traced(x: Tensor) -> bool:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a backward may come."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def batched() -> bool:
+    """Whether functorch maps over a batch: its tensors do not tell whether they require a gradient."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def transformed() -> bool:
+    """Whether functorch differentiates (grad, vjp, jvp) or forward mode is on: custom ops have no formulas for that."""
+    if torch.compiler.is_compiling():
+        return False
+    kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    stack = torch._C._functorch.get_interpreter_stack() if batched() else None
+    return forward_ad._current_level >= 0 or any(level.key() in kinds for level in stack or ())
 
 
 def plain(body: Callable, device: torch.device, *args):

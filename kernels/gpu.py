@@ -1,8 +1,8 @@
 """Expert kernels in Triton: what `moe_mtl.kernels.ops` runs on a GPU.
 
 Called below autograd by `moe_mtl.kernels.ops`, which owns shapes, dtypes and the meaning of the arguments. Rows are
-sorted by expert and never padded or copied into that order: kernels gather them. Products add up in float32. Rows of
-unused slots lie after all others; they are neither written nor read.
+sorted by expert and never padded: kernels gather them, or read a sorted copy where that is faster. Products add up in
+float32. Rows of unused slots lie after all others; nobody writes them or uses what stands there.
 """
 
 from typing import Any

@@ -48,11 +48,14 @@ def grouped_linear(x: Tensor, w: Tensor, b: Tensor | None, ids: Tensor, *, backe
         raise ValueError(f"b: got {shape(b)}, expected [g, o] = {shape(w)[:2]}")
     if ids.shape != x.shape[:1]:
         raise ValueError(f"ids: got {shape(ids)}, expected one id per row, [{x.shape[0]}]")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"ids: got {ids.dtype}, expected int64 or int32")
     check_kind(x, w=w, b=b)
     backend = resolve(backend, x, *w.shape[1:])
+    plan = plan_routing(ids[:, None], w.shape[0])
     if backend == "reference":
         return reference.grouped_linear(x, w, b, ids)
-    args = (x, w, b, *plan_routing(ids[:, None], w.shape[0]), backend)
+    args = (x, w, b, *plan, backend)
     if traced(x):
         return _forward_op(*args)
     return _GroupedLinear.apply(*args) if needs_grad(x, w, b) else _forward(*args)

@@ -122,7 +122,9 @@ class _Rows:
         return t.masked_fill(self.unused, 0)
 
     def linear(self, t: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        """w[e] t + b[e] of each row."""
+        """w[e] t + b[e] of each row. torch's product takes weights whose rows begin at whole 16 bytes."""
+        if any(stride * w.element_size() % 16 for stride in w.stride() if stride != 1):
+            w = w.contiguous()
         y = F.grouped_mm(t, w.mT, offs=self.ends)
         return y if b is None else y.add_(b.index_select(0, self.ids))
 

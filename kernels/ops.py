@@ -9,6 +9,7 @@ from moe_mtl.kernels.dense import dense_mlp
 from moe_mtl.kernels.dispatch import (
     autocast,
     backend_module,
+    batched,
     casts_late,
     check_kind,
     check_name,
@@ -19,6 +20,7 @@ from moe_mtl.kernels.dispatch import (
     resolve,
     shape,
     traced,
+    transformed,
     wanted,
 )
 from moe_mtl.kernels.grouped_linear import grouped_linear
@@ -66,6 +68,10 @@ def moe_mlp(
         RuntimeError: differentiated twice (every backend but the reference).
     """
     x, w1, b1, w2, b2 = _prepare(x, w1, b1, w2, b2, gates, activation, glu, backend)
+    if not isinstance(plan, Plan):
+        raise ValueError(f"plan: got {type(plan).__name__}, expected what plan_routing makes of the ids")
+    if plan.order.shape != plan.inverse.shape or {t.device for t in plan} != {plan.order.device}:
+        raise ValueError(f"plan: got tables of {[shape(t) for t in plan]}, which no plan_routing made")
     if plan.order.shape[0] != gates.shape[0] * gates.shape[1] or plan.offsets.shape[0] != w1.shape[0] + 1:
         raise ValueError(
             f"plan: made for {plan.order.shape[0]} slots and {plan.offsets.shape[0] - 1} experts, but gates are "
@@ -111,7 +117,7 @@ def routed_mlp(
     if idx.shape != gates.shape or idx.device != x.device:
         raise ValueError(f"idx: got {shape(idx)} on {idx.device}, but gates are {shape(gates)} on {x.device}")
     if backend == "auto":
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or transformed():
             return reference.moe_mlp(x, w1, b1, w2, b2, gates, idx, activation=activation, glu=glu)
         if x.device.type == "cpu" and not needs_grad(x, w1, b1, w2, b2, gates) and not traced(x):
             way = inference.choose(*idx.shape, w1, w2, torch.get_num_threads())
@@ -166,7 +172,7 @@ def _planned(x, w1, b1, w2, b2, gates, plan, activation, glu, backend) -> Tensor
     if backend == "reference":
         ids = slot_ids(plan).view(gates.shape)
         return reference.moe_mlp(x, w1, b1, w2, b2, gates, ids, activation=activation, glu=glu)
-    save = needs_grad(x, w1, b1, w2, b2, gates)
+    save = needs_grad(x, w1, b1, w2, b2, gates) or (torch.is_grad_enabled() and batched())
     args = (x, w1, b1, w2, b2, gates, *plan, activation, glu, save, backend)
     if traced(x):
         return _forward_op(*args)[0]

@@ -125,6 +125,8 @@ def tiles_of(plan: Plan, height: int) -> Tensor:
 
 def _plan(idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     flat = idx.reshape(-1)
+    if flat.shape[0] >= 2**31:
+        raise ValueError(f"idx: got {shape(idx)}, more slots than int32 tables can number; split the tokens")
     on_cpu = flat.device.type == "cpu"
     some_unused = any_unused(flat, num_experts) if on_cpu or DEBUG else True
     if flat.shape[0] and num_experts <= SORTED_BY_TRITON and runs_triton(flat.device):

@@ -10,7 +10,7 @@ from moe_mtl.kernels.triton_math import cast
 BLOCK_M, BLOCK_N = 16, 128
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["inverse", "used"])
 def combine_kernel(
     ys,
     gates,

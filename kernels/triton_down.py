@@ -14,7 +14,7 @@ from moe_mtl.kernels.triton_math import cast, pieces
 from moe_mtl.kernels.triton_product import grouped_order, product
 
 
-@triton.jit(do_not_specialize=["row_tiles"])
+@triton.jit(do_not_specialize=["row_tiles"], do_not_specialize_on_alignment=["order", "tiles"])
 def down_kernel(
     a,
     w,

@@ -20,7 +20,7 @@ def fused_fits(w1: Tensor, w2: Tensor, glu: bool) -> bool:
     return w1.element_size() == 2 and not glu and w2.shape[1] <= WIDEST and w1.shape[2] <= WIDEST
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["order", "tiles"])
 def fused_kernel(
     x,
     w1,

@@ -11,7 +11,9 @@ from moe_mtl.kernels.triton_math import cast, dot, load_block
 BLOCK_M, BLOCK_E, BLOCK_K = 64, 64, 64
 
 
-@triton.jit(do_not_specialize=["columns", "tokens", "num_experts"])
+@triton.jit(
+    do_not_specialize=["columns", "tokens", "num_experts"], do_not_specialize_on_alignment=["inverse", "offsets"]
+)
 def gate_grad_kernel(
     parts,
     dy,

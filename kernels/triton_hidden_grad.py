@@ -16,7 +16,7 @@ from moe_mtl.kernels.triton_math import activate_and_derive, cast, pieces
 from moe_mtl.kernels.triton_product import grouped_order, product
 
 
-@triton.jit(do_not_specialize=["row_tiles", "slots"])
+@triton.jit(do_not_specialize=["row_tiles", "slots"], do_not_specialize_on_alignment=["order", "tiles"])
 def hidden_grad_kernel(
     dys,
     w,

@@ -15,7 +15,7 @@ from moe_mtl.kernels import configs
 from moe_mtl.kernels.configs import Config
 
 _compiled: dict[tuple, Any] = {}
-_free: dict[int, tuple[bool, ...]] = {}  # which parameters of a kernel are compiled for any value
+_free: dict[int, tuple[bool, ...]] = {}  # which parameters of a kernel are compiled for any value or alignment
 
 
 def launch(
@@ -47,7 +47,7 @@ def launch(
     if on_gpu:
         free = _free.get(id(kernel))
         if free is None:
-            free = _free[id(kernel)] = tuple(bool(p.do_not_specialize) for p in kernel.params[: len(args)])
+            free = _free[id(kernel)] = tuple(map(_any_value, kernel.params[: len(args)]))
         kinds = [_kind(arg, any_value) for arg, any_value in zip(args, free, strict=True)]
         key = (id(kernel), device.index, warps, stages, *options.items(), *constants.values(), *kinds)
         compiled = _compiled.get(key)
@@ -72,6 +72,10 @@ def _check_order(kernel: Any, args: tuple, constants: dict[str, Any]) -> None:
         raise TypeError(f"constants: got {list(constants)}, expected {expected} after {len(args)} arguments")
 
 
+def _any_value(parameter: Any) -> bool:
+    return bool(parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+
+
 def _kind(arg: Any, any_value: bool) -> Any:
     """What of an argument decides about the code."""
     if type(arg) is int:
@@ -80,7 +84,7 @@ def _kind(arg: Any, any_value: bool) -> Any:
         return None
     if type(arg) is TensorDescriptor:
         return (arg.base.dtype, *arg.block_shape)
-    return arg.dtype, arg.data_ptr() % 16
+    return arg.dtype, not any_value and arg.data_ptr() % 16
 
 
 def options_of(config: Config) -> dict[str, int]:

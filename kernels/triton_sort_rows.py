@@ -14,7 +14,7 @@ HEIGHT = 32  # rows of a tile
 WIDEST = 128  # columns of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["order", "used"])
 def sort_rows_kernel(
     x,
     gates,

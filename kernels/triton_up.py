@@ -1,4 +1,4 @@
-"""First layer of the expert MLPs: rows gathered on load, bias and activation before the store.
+"""First layer of the expert MLPs: rows sorted or gathered on load, bias and activation before the store.
 
 z[i] = w1[e] x[order[i] // k] + b1[e] for sorted row i of expert e; h = act(z), or act(first half) * second half.
 """
@@ -13,7 +13,7 @@ from moe_mtl.kernels.triton_math import activate, cast, pieces
 from moe_mtl.kernels.triton_product import grouped_order, product
 
 
-@triton.jit(do_not_specialize=["row_tiles"])
+@triton.jit(do_not_specialize=["row_tiles"], do_not_specialize_on_alignment=["order", "tiles"])
 def up_kernel(
     x,
     w,

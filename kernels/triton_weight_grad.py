@@ -18,7 +18,7 @@ ONES = tl.constexpr(16)  # columns of the product that makes a bias, the fewest 
 SUMMED = 1024  # numbers of a program of the second pass
 
 
-@triton.jit(do_not_specialize=["num_experts", "splits"])
+@triton.jit(do_not_specialize=["num_experts", "splits"], do_not_specialize_on_alignment=["order", "offsets"])
 def weight_grad_kernel(
     a,
     b,

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_mtl.kernels import cpu, dispatch, grouped_linear, inference, ops, reference
+from moe_mtl.kernels import configs, cpu, dispatch, grouped_linear, inference, ops, reference
 from moe_mtl.kernels import plan as tables
 from moe_mtl.testing import assert_matches
 from tests.kernel_cases import differentiate, make
@@ -849,3 +850,43 @@ def test_bad_arguments_of_the_others_are_named():
     for bad, experts in ((torch.rand(3, 2), 2), (torch.zeros(3).long(), 2), (torch.zeros(3, 1).long(), 0)):
         with pytest.raises(ValueError, match=r"idx: |num_experts: "):
             ops.plan_routing(bad, experts)
+
+
+# --- what a backend or the ops would stumble over ---------------------------------------------------------------------
+
+
+def test_grouped_mm_takes_weights_whose_rows_are_padded():
+    leaves, idx = make(8, 16, 24, 16, 4, 2)
+    x, w1, b1, w2, b2, gates = (t.detach() for t in leaves)
+    padded = torch.randn(4, 24, 17)[:, :, :16].copy_(w1)
+    y = ops.routed_mlp(x, padded, b1, w2, b2, gates, idx, backend="grouped_mm")
+    torch.testing.assert_close(y, ops.routed_mlp(x, w1, b1, w2, b2, gates, idx))
+
+
+def test_what_is_no_plan_is_refused():
+    leaves, idx = make(8, 16, 24, 16, 4, 2)
+    with pytest.raises(ValueError, match=r"plan: got Tensor, expected what plan_routing makes"):
+        ops.moe_mlp(*leaves, idx)
+    plan = ops.plan_routing(idx, 4)
+    with pytest.raises(ValueError, match=r"plan: got tables of .* which no plan_routing made"):
+        ops.moe_mlp(*leaves, plan._replace(inverse=plan.inverse[:3]))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_ids_of_a_linear_layer_are_checked(backend):
+    x, w = torch.randn(3, 4), torch.randn(2, 5, 4)
+    with pytest.raises(ValueError, match=r"ids: got torch.float32, expected int64 or int32"):
+        ops.grouped_linear(x, w, None, torch.zeros(3), backend=backend)
+    with pytest.raises(ValueError, match=r"got ids 0..2, expected 0..1"):
+        ops.grouped_linear(x, w, None, torch.tensor([0, 1, 2]), backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("major", "shared_kib", "arch"), [(8, 163, 80), (8, 99, 80), (9, 227, 90), (10, 227, 100), (12, 99, 89)]
+)
+def test_a_chip_with_less_shared_memory_than_hopper_counts_as_older(monkeypatch, major, shared_kib, arch):
+    seen = SimpleNamespace(
+        major=major, minor=0, multi_processor_count=7, shared_memory_per_block_optin=1024 * shared_kib
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: seen)
+    assert configs.chip.__wrapped__(torch.device("cuda", 0)) == (arch, 7)
