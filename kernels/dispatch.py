@@ -123,10 +123,15 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     `torch.library.register_autocast` would cast the gates too, which stay float32.
     """
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(t if t is None or t.dtype not in DTYPES or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; torch has none for "meta", whose tensors are shapes alone."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def casts_late(backend: str, *tensors: Tensor | None) -> bool:
@@ -181,7 +186,7 @@ def transformed() -> bool:
 
 def plain(body: Callable, device: torch.device, *args):
     """Runs a body with the dtypes it was given, also inside an autocast region."""
-    if not torch.is_autocast_enabled(device.type):
+    if not autocasts(device.type):
         return body(*args)
     with torch.autocast(device.type, enabled=False):
         return body(*args)

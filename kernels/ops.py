@@ -160,8 +160,7 @@ def _prepare(x, w1, b1, w2, b2, gates, activation, glu, backend):
         raise ValueError(f"b2: got {shape(b2)}, expected [e, o] = {list(s2[:2])}")
     if gs[0] != xs[0] or gs[1] < 1 or not gates.is_floating_point():
         raise ValueError(f"gates: got {list(gs)} of {gates.dtype}, expected floats [m, k] with m = {xs[0]}")
-    if not late:
-        check_kind(x, w1=w1, b1=b1, w2=w2, b2=b2)
+    check_kind(x, **({} if late else {"w1": w1, "b1": b1, "w2": w2, "b2": b2}))
     if gates.device != x.device:
         raise ValueError(f"gates: got {gates.device}, but x is on {x.device}")
     return x, w1, b1, w2, b2

@@ -890,3 +890,10 @@ def test_a_chip_with_less_shared_memory_than_hopper_counts_as_older(monkeypatch,
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: seen)
     assert configs.chip.__wrapped__(torch.device("cuda", 0)) == (arch, 7)
+
+
+def test_whole_numbers_are_no_tokens_under_autocast():
+    leaves, idx = make(8, 16, 24, 16, 4, 2)
+    x, *rest = (t.detach() for t in leaves)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"x: got torch.int64"):
+        ops.routed_mlp(x.long(), *rest, idx)

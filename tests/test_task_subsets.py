@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_mtl.experts import BankTable, BankView, ExpertBank
+from moe_mtl.expert_subsets import BankTable, BankView
+from moe_mtl.experts import ExpertBank
 from moe_mtl.gates import create_gate
 from moe_mtl.kernels import ops
 from moe_mtl.kernels.dense import dense_mlp
@@ -511,3 +512,44 @@ def test_types():
     bank = make_bank()
     assert isinstance(bank.for_task([0], "view"), BankView) and isinstance(bank.for_task([0], "table"), BankTable)
     assert "num_experts=2" in repr(bank.for_task([4, 1], "table")) and "bias=True" in repr(bank.for_task([4], "view"))
+
+
+@pytest.mark.parametrize("mode", ["view", "table"])
+def test_subsets_of_a_bank_that_lost_experts_are_refused(mode):
+    """Those left have other ids: the same ids would mean other experts."""
+    bank = ExpertBank(4, 8, 8)
+    subset, logits = bank.for_task([0, 1], mode), torch.randn(3, 2)
+    routing = Routing(*logits.softmax(-1).topk(1), logits, task=0)
+    subset(torch.randn(3, 8), routing)
+    bank.keep_experts([1, 2, 3])
+    with pytest.raises(ValueError, match=r"bank: experts were dropped .* bank.for_task"):
+        subset(torch.randn(3, 8), routing)
+    bank.for_task([0, 1], mode)(torch.randn(3, 8), routing)
+
+
+@pytest.mark.parametrize("mode", ["view", "table"])
+def test_weights_of_a_subset_are_set_in_its_bank(mode):
+    subset = ExpertBank(4, 8, 8).for_task([0, 1], mode)
+    with pytest.raises(AttributeError, match=r"w1: a view or table has no weights of its own"):
+        subset.w1 = torch.nn.Parameter(torch.zeros(2, 8, 8))
+
+
+def test_masks_are_no_ids():
+    bank = ExpertBank(2, 8, 8)
+    for mask in ([True, False], torch.tensor([True, False])):
+        with pytest.raises(ValueError, match=r"ids: got the mask .* where it is True"):
+            bank.for_task(mask)
+    with pytest.raises(ValueError, match=r"num_experts: got 2.5, expected a whole number, at least 1"):
+        ExpertBank(2.5, 8, 8)
+
+
+@pytest.mark.parametrize("mode", ["copy", "table"])
+def test_subsets_made_in_inference_mode_outlive_it(mode):
+    bank = ExpertBank(4, 8, 8)
+    with torch.inference_mode():
+        subset = bank.for_task([0, 1], mode)
+    logits = torch.randn(3, 2)
+    subset(torch.randn(3, 8), Routing(*logits.softmax(-1).topk(1), logits, task=0)).sum().backward()
+    assert (bank if mode == "table" else subset).w1.grad.any()
+    if mode == "table":
+        subset.switch([2, 3])
