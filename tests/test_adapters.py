@@ -456,7 +456,7 @@ def test_training(which, batches, data, tmp_path):
     model = create_model(name, tasks=data.task_list(), encoder=data.tokenizer, **options)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     how = {"batch_size": 24, "lr": 0.03, "warmup": 0, "eval_every": 0, "log_every": 1, "progress": False}
-    config = TrainerConfig(out=str(tmp_path), steps=12, batches=batches, device="cpu", **how)
+    config = TrainerConfig(out=str(tmp_path), steps=30, batches=batches, device="cpu", **how)
     first = training_loss(model, data, "banking77")
     Trainer(model, data, config).fit()
     assert training_loss(model, data, "banking77") < 0.8 * first
