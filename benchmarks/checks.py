@@ -267,9 +267,9 @@ def _judged(names: list[str], pools: tuple[list, list, list], what: str) -> Repo
 
 
 def _breaks(actual: Tensor, oracle: Tensor, baseline: Tensor, name: str) -> str | None:
-    """What the tolerance rule says; float32 sums, which libraries make in blocks, pass within `EIGHT_ROUNDINGS`."""
-    exact = actual.dtype == torch.float32 and bool(actual.isfinite().all())
-    if exact and (actual - oracle).norm() <= EIGHT_ROUNDINGS * oracle.norm():
+    """What the tolerance rule says; a GPU's float32 sums, made one by one, pass within `EIGHT_ROUNDINGS`."""
+    one_by_one = actual.is_cuda and actual.dtype == torch.float32 and bool(actual.isfinite().all())
+    if one_by_one and (actual - oracle).norm() <= EIGHT_ROUNDINGS * oracle.norm():
         return None
     try:
         assert_matches(actual, oracle, baseline, name)

@@ -65,9 +65,7 @@ class Launch:
         parts += [str(constants[c]) for c in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_H") if c in constants]
         parts += [str(constants["ACTIVATION"])] if "ACTIVATION" in constants else []
         parts += [flag.lower() for flag, value in self.constants if value is True]
-        return " ".join(
-            [*parts, *(f"{key.removeprefix('num_')[0]}{value}" for key, value in self.options if value is not True)]
-        )
+        return " ".join([*parts, *(f"{key.removeprefix('num_')[0]}{value}" for key, value in self.options)])
 
 
 def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:

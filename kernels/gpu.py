@@ -60,7 +60,7 @@ class _Launch:
     def sort_rows(self, x: Tensor, k: int, **how: Any) -> tuple[Tensor, Tensor | None]:
         return sort_rows(x, self.plan.order, self.plan.offsets, k, **how)
 
-    def weight_grad(self, a: Tensor, b: Tensor, k: int, **how: bool) -> tuple[Tensor, Tensor | None]:
+    def weight_grad(self, a: Tensor, b: Tensor, k: int, **how: Any) -> tuple[Tensor, Tensor | None]:
         config, plan = self.config("weight_grad", b.shape[1]), self.plan
         return weight_grad(a, b, plan.order, plan.offsets, k, self.precision, config, self.processors, **how)
 

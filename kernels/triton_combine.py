@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_mtl.kernels.triton_launch import count, launch
+from moe_mtl.kernels.triton_launch import cdiv, launch
 from moe_mtl.kernels.triton_math import cast
 
 BLOCK_M, BLOCK_N = 16, 128
@@ -55,7 +55,7 @@ def combine(ys: Tensor, gates: Tensor | None, inverse: Tensor, offsets: Tensor, 
     """
     rows, width = ys.shape
     y = ys.new_empty(rows // k, width)
-    grid = (count(y.shape[0], BLOCK_M), count(width, BLOCK_N))
+    grid = (cdiv(y.shape[0], BLOCK_M), cdiv(width, BLOCK_N))
     launch(
         combine_kernel,
         grid,

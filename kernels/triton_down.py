@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
-from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of
+from moe_mtl.kernels.triton_launch import cdiv, describable, described, launch, options_of
 from moe_mtl.kernels.triton_math import cast, pieces
-from moe_mtl.kernels.triton_product import grouped_order, product
+from moe_mtl.kernels.triton_product import constants_of, grouped_order, product
 
 
 @triton.jit(do_not_specialize=["row_tiles"], do_not_specialize_on_alignment=["order", "tiles"])
@@ -116,7 +116,7 @@ def down(
     engine_a, engine_w = not gather and describable(a), describable(w)
     launch(
         down_kernel,
-        (tiles.shape[0] * count(width, block_n),),
+        (tiles.shape[0] * cdiv(width, block_n),),
         (
             described(a, block_m, block_k) if engine_a else a,
             described(w, 1, *((block_k, block_n) if transposed else (block_n, block_k))) if engine_w else w,
@@ -127,16 +127,7 @@ def down(
             "BIAS": b is not None,
             "GATHER": gather,
             "SCATTER": scatter,
-            "EVEN_N": width % block_n == 0,
-            "EVEN_K": inner % block_k == 0,
-            "DESCRIBED_A": engine_a,
-            "DESCRIBED_W": engine_w,
-            "PRECISION": precision,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_K": block_k,
-            "GROUP": config.group,
-            "EPILOGUES": config.epilogues,
+            **constants_of(config, inner, width, engine_a, engine_w, precision),
         },
         **options_of(config),
     )

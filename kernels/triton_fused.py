@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
-from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of
+from moe_mtl.kernels.triton_launch import cdiv, describable, described, launch, options_of
 from moe_mtl.kernels.triton_math import activate, cast, dot, load_block
 
 WIDEST = 192  # columns up to which it is faster than a launch for each layer
@@ -148,8 +148,8 @@ def fused(
             "BIAS2": b2 is not None,
             "EVEN": dim % block_n == 0,
             "DESCRIBED": engine,
-            "INNER": count(dim, block_n),
-            "COLUMNS": count(width, block_n),
+            "INNER": cdiv(dim, block_n),
+            "COLUMNS": cdiv(width, block_n),
             "PRECISION": precision,
             "BLOCK_M": config.block_m,
             "BLOCK_H": block_h,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_mtl.kernels.triton_launch import count, launch, power_of_2
+from moe_mtl.kernels.triton_launch import cdiv, launch, next_power_of_2
 from moe_mtl.kernels.triton_math import cast, dot, load_block
 
 BLOCK_M, BLOCK_E, BLOCK_K = 64, 64, 64
@@ -95,10 +95,10 @@ def gate_grad(
     """
     (tokens, width), experts = dy.shape, offsets.shape[0] - 1
     out = torch.empty(tokens, k, dtype=dtype, device=dy.device)
-    block_e = min(BLOCK_E, max(16, power_of_2(experts))) if b2 is not None else power_of_2(experts)
+    block_e = min(BLOCK_E, max(16, next_power_of_2(experts))) if b2 is not None else next_power_of_2(experts)
     launch(
         gate_grad_kernel,
-        (count(tokens, BLOCK_M), count(experts, block_e)),
+        (cdiv(tokens, BLOCK_M), cdiv(experts, block_e)),
         (parts, dy, b2, inverse, offsets, out, parts.shape[0], tokens, experts, width, dy.stride(0)),
         {
             "SLOTS": k,

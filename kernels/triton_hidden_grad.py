@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
-from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of
+from moe_mtl.kernels.triton_launch import cdiv, describable, described, launch, options_of
 from moe_mtl.kernels.triton_math import activate_and_derive, cast, pieces
-from moe_mtl.kernels.triton_product import grouped_order, product
+from moe_mtl.kernels.triton_product import constants_of, grouped_order, product
 
 
 @triton.jit(do_not_specialize=["row_tiles", "slots"], do_not_specialize_on_alignment=["order", "tiles"])
@@ -155,7 +155,7 @@ def hidden_grad(
     """
     (rows, wide), (_, out_dim, hidden) = z.shape, w2.shape
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    columns = count(hidden, block_n)
+    columns = cdiv(hidden, block_n)
     dz = dys.new_empty(rows if need_dz else 0, wide)
     ph = dys.new_empty(rows if need_ph else 0, hidden)
     parts = dys.new_empty(columns if need_parts else 0, rows, dtype=torch.float32)
@@ -175,16 +175,7 @@ def hidden_grad(
             "STORE_DZ": need_dz,
             "STORE_PH": need_ph,
             "STORE_PARTS": need_parts,
-            "EVEN_N": hidden % block_n == 0,
-            "EVEN_K": out_dim % block_k == 0,
-            "DESCRIBED_A": engine_a,
-            "DESCRIBED_W": engine_w,
-            "PRECISION": precision,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_K": block_k,
-            "GROUP": config.group,
-            "EPILOGUES": config.epilogues,
+            **constants_of(config, out_dim, hidden, engine_a, engine_w, precision),
         },
         **options_of(config),
     )

@@ -94,7 +94,7 @@ def options_of(config: Config) -> dict[str, int]:
 
 
 def described(t: Tensor, *block: int) -> Tensor | TensorDescriptor:
-    """A tensor for loads of whole blocks, which a copy engine does where the chip has one; see `describable`."""
+    """A tensor for loads of whole blocks, which a chip's copy engine does (TMA, from Hopper on); see `describable`."""
     return TensorDescriptor(t, t.shape, t.stride(), list(block))
 
 
@@ -116,11 +116,11 @@ def loads_blocks(device: torch.device) -> bool:
     return configs.chip(device)[0] not in range(1, 90)
 
 
-def count(size: int, block: int) -> int:
+def cdiv(size: int, block: int) -> int:
     """How many blocks cover it. Triton's own functions for this take ten times as long as the sum."""
     return -(-size // block)
 
 
-def power_of_2(number: int) -> int:
+def next_power_of_2(number: int) -> int:
     """The smallest power of two that is not less."""
     return 1 << (number - 1).bit_length()

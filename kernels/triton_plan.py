@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.plan import TILE_ROWS, tile_bound
-from moe_mtl.kernels.triton_launch import count, launch, power_of_2
+from moe_mtl.kernels.triton_launch import cdiv, launch, next_power_of_2
 
 ONE_LAUNCH = 8192  # slots
 BLOCK = 128  # slots ranked at once, which eight bits can count
@@ -196,17 +196,17 @@ def plan(idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=idx.device)
     bounds = [tile_bound(slots, num_experts, rows) for rows in TILE_ROWS]
     tiles = torch.empty(sum(bounds), 3, dtype=torch.int32, device=idx.device)
-    experts = max(8, power_of_2(num_experts + 1))
+    experts = max(8, next_power_of_2(num_experts + 1))
     lines = min(256, COMPARED // experts)
-    parts = sum(count(bound, lines) for bound in bounds)
+    parts = sum(cdiv(bound, lines) for bound in bounds)
     sizes = {"BLOCK": BLOCK, "LINES": lines} | dict(zip(("SMALL", "MIDDLE", "LARGE"), TILE_ROWS, strict=True))
     if slots <= ONE_LAUNCH:
-        chunk = max(CHUNK, power_of_2(slots))
-        grid, args = (count(slots, BLOCK) + parts,), (idx, table, offsets, tiles, slots, num_experts)
+        chunk = max(CHUNK, next_power_of_2(slots))
+        grid, args = (cdiv(slots, BLOCK) + parts,), (idx, table, offsets, tiles, slots, num_experts)
         launch(sort_kernel, grid, args, {"EXPERTS": experts, "CHUNK": chunk, **sizes}, warps=8 if chunk < 4096 else 16)
     else:
-        share = min(max(power_of_2(count(slots, SHARES)), 2 * BLOCK), LARGEST)
-        shares = count(slots, share)
+        share = min(max(next_power_of_2(cdiv(slots, SHARES)), 2 * BLOCK), LARGEST)
+        shares = cdiv(slots, share)
         counts = torch.empty(shares, experts // 2, dtype=torch.int32, device=idx.device)
         args = (idx, counts, slots, num_experts, share)
         launch(count_kernel, (shares,), args, {"EXPERTS": experts, "CHUNK": CHUNK}, warps=8)

@@ -1,8 +1,11 @@
 """What products of rows with their expert's weights share: a tile's product, and the order of tiles."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from moe_mtl.kernels.configs import Config
 from moe_mtl.kernels.triton_math import dot, load_block
 
 
@@ -97,3 +100,30 @@ def product(
         if not DESCRIBED_W:
             w_at += BLOCK_K * (width if TRANSPOSED else 1)
     return acc, acc_up
+
+
+def constants_of(
+    config: Config, inner: int, width: int, described_a: bool, described_w: bool, precision: str
+) -> dict[str, Any]:
+    """The constants with which the parameters of a kernel around a `product` end, in their order.
+
+    Args:
+        config: tile sizes.
+        inner: length of the summed axis.
+        width: columns; with a gated unit of one half.
+        described_a: whether the rows are a descriptor.
+        described_w: whether the weights are.
+        precision: "ieee" or "tf32", of float32 products.
+    """
+    return {
+        "EVEN_N": width % config.block_n == 0,
+        "EVEN_K": inner % config.block_k == 0,
+        "DESCRIBED_A": described_a,
+        "DESCRIBED_W": described_w,
+        "PRECISION": precision,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP": config.group,
+        "EPILOGUES": config.epilogues,
+    }

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_mtl.kernels.triton_launch import count, launch, power_of_2
+from moe_mtl.kernels.triton_launch import cdiv, launch, next_power_of_2
 
 HEIGHT = 32  # rows of a tile
 WIDEST = 128  # columns of a program
@@ -61,13 +61,13 @@ def sort_rows(
         gates: [m, k], contiguous, or None.
     """
     rows, width = order.shape[0], x.shape[1]
-    block_n = min(WIDEST, power_of_2(width))
-    blocks = count(width, block_n)
+    block_n = min(WIDEST, next_power_of_2(width))
+    blocks = cdiv(width, block_n)
     xs = x.new_empty(rows, width)
     ps = None if gates is None else x.new_empty(rows, dtype=torch.float32)
     launch(
         sort_rows_kernel,
-        (count(rows, HEIGHT) * blocks,),
+        (cdiv(rows, HEIGHT) * blocks,),
         (x, gates, order, offsets[-1:], xs, ps, x.stride(0), width),
         {
             "SLOTS": k,

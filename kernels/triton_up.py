@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
-from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of
+from moe_mtl.kernels.triton_launch import cdiv, describable, described, launch, options_of
 from moe_mtl.kernels.triton_math import activate, cast, pieces
-from moe_mtl.kernels.triton_product import grouped_order, product
+from moe_mtl.kernels.triton_product import constants_of, grouped_order, product
 
 
 @triton.jit(do_not_specialize=["row_tiles"], do_not_specialize_on_alignment=["order", "tiles"])
@@ -154,7 +154,7 @@ def up(
     engine_a, engine_w = not gather and describable(x), describable(w1)
     launch(
         up_kernel,
-        (tiles.shape[0] * count(hidden, block_n),),
+        (tiles.shape[0] * cdiv(hidden, block_n),),
         (
             described(x, block_m, block_k) if engine_a else x,
             described(w1, 1, block_n, block_k) if engine_w else w1,
@@ -167,16 +167,7 @@ def up(
             "GLU": glu,
             "BIAS": b1 is not None,
             "STORE_Z": save,
-            "EVEN_N": hidden % block_n == 0,
-            "EVEN_K": dim % block_k == 0,
-            "DESCRIBED_A": engine_a,
-            "DESCRIBED_W": engine_w,
-            "PRECISION": precision,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_K": block_k,
-            "GROUP": config.group,
-            "EPILOGUES": config.epilogues,
+            **constants_of(config, dim, hidden, engine_a, engine_w, precision),
         },
         **options_of(config),
     )

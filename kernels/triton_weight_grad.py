@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_mtl.kernels.configs import Config
-from moe_mtl.kernels.triton_launch import count, describable, described, launch, options_of
+from moe_mtl.kernels.triton_launch import cdiv, describable, described, launch, options_of
 from moe_mtl.kernels.triton_math import cast, dot, load_block
 
 ONES = tl.constexpr(16)  # columns of the product that makes a bias, the fewest there are
@@ -187,7 +187,7 @@ def add_parts_kernel(parts, out, size, splits, BLOCK: tl.constexpr):
 
 def splits_for(tiles: int, rows: int, experts: int, processors: int, block_k: int) -> int:
     """How many parts the rows of an expert are cut into: enough that all processors work, each on 8 blocks or more."""
-    wanted = count(processors, max(tiles, 1))
+    wanted = cdiv(processors, max(tiles, 1))
     return max(1, min(wanted, rows // max(1, experts * block_k * 8), 16))
 
 
@@ -222,7 +222,7 @@ def weight_grad(
     """
     experts, (rows_out, cols_out) = offsets.shape[0] - 1, (a.shape[1], b.shape[1])
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    tiles = experts * count(rows_out, block_m) * count(cols_out, block_n)
+    tiles = experts * cdiv(rows_out, block_m) * cdiv(cols_out, block_n)
     splits = splits_for(tiles, order.shape[0], experts, processors, block_k)
     sums = [a.new_empty(experts, rows_out, cols_out), a.new_empty(experts if bias else 0, rows_out)]
     parts = sums if splits == 1 else [t.new_empty(splits, *t.shape, dtype=torch.float32) for t in sums]
@@ -254,6 +254,6 @@ def weight_grad(
     if splits > 1:
         for part, whole in zip(parts, sums, strict=True):
             if whole.numel():
-                grid = (count(whole.numel(), SUMMED),)
+                grid = (cdiv(whole.numel(), SUMMED),)
                 launch(add_parts_kernel, grid, (part, whole, whole.numel(), splits), {"BLOCK": SUMMED}, warps=4)
     return sums[0], sums[1] if bias else None

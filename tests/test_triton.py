@@ -543,10 +543,10 @@ def test_constants_in_another_order_are_refused(monkeypatch):
 
 def test_sums_of_the_host():
     for number in (*range(1, 70), 127, 128, 129, 2**20 - 1, 2**20, 2**20 + 1):
-        assert triton_launch.power_of_2(number) == 2 ** math.ceil(math.log2(number))
+        assert triton_launch.next_power_of_2(number) == 2 ** math.ceil(math.log2(number))
         for block in (1, 7, 64):
-            assert triton_launch.count(number, block) == math.ceil(number / block)
-    assert triton_launch.count(0, 64) == 0
+            assert triton_launch.cdiv(number, block) == math.ceil(number / block)
+    assert triton_launch.cdiv(0, 64) == 0
 
 
 # --- choice -----------------------------------------------------------------------------------------------------------
