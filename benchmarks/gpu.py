@@ -8,7 +8,7 @@ in a bare checkout, with torch and triton and no installation. In this order:
     fp32 ... bf16 every kernel against float64 at small odd sizes, fresh memory poisoned, zeros must fail
     table         every entry of kernels/configs.json for this chip, against float64
     plan          the sort tables of the GPU's kernels against torch's
-    determinism   two runs give the same bits
+    determinism   runs give the same bits, replayed ones too
     graph         a captured forward on other tokens and ids; nothing waits for the GPU
     memory        what a forward saves, as autograd and as the allocator see it
     tune          benchmarks/tune.py; OUTDIR/configs.json, the table in the tree stays
@@ -94,7 +94,10 @@ def plans(device: torch.device) -> Step:
 
 
 def determinism(device: torch.device) -> Step:
-    """The same call gives the same bits: outputs and every gradient, with weight gradients split and not split."""
+    """The same call gives the same bits: outputs and every gradient, with weight gradients split and not split.
+
+    Called in full, then watched, then made again from the record (`moe_mtl.kernels.triton_replay`).
+    """
     sizes = (
         ((2048, 4, 4, 384, 384, 384), (300, 2, 16, 192, 96, 192)) if device.type == "cuda" else ((9, 2, 3, 16, 16, 16),)
     )
@@ -104,12 +107,12 @@ def determinism(device: torch.device) -> Step:
             cotangent = torch.randn(case.tokens, case.out, device=device).to(DTYPES[kind])
             options = {"activation": case.activation, "glu": case.glu, "backend": "triton"}
             runs = []
-            for _ in range(2):
+            for _ in range(4):
                 with poisoned(), precision(kind):
                     y = ops.routed_mlp(*leaves, idx, **options)
                     runs.append([y, *torch.autograd.grad(y, leaves, cotangent)])
-            same = all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-            yield Report(cases=1, failures=[] if same else [f"{kind} {case}: two runs differ"])
+            same = all(torch.equal(a, b) for others in runs[1:] for a, b in zip(runs[0], others, strict=True))
+            yield Report(cases=1, failures=[] if same else [f"{kind} {case}: runs differ"])
 
 
 def graph(device: torch.device) -> Step:
@@ -134,8 +137,9 @@ def graph(device: torch.device) -> Step:
                             failures.append(f"{kind} {case}: a replay with other tokens, ids: {ids}, differs")
                 try:
                     with sync_forbidden():
-                        y = ops.moe_mlp(*leaves, ops.plan_routing(idx, case.experts), **options)
-                        torch.autograd.grad(y, [t for t in leaves if t is not None], torch.ones_like(y))
+                        for _ in range(3):  # the last of like calls is a replay
+                            y = ops.moe_mlp(*leaves, ops.plan_routing(idx, case.experts), **options)
+                            torch.autograd.grad(y, [t for t in leaves if t is not None], torch.ones_like(y))
                 except RuntimeError as error:
                     failures.append(f"{kind} {case}: waits for the GPU: {error}")
             yield Report(cases=1, failures=failures)

@@ -18,6 +18,7 @@ from moe_mtl.kernels.triton_fused import fused, fused_fits
 from moe_mtl.kernels.triton_gate_grad import gate_grad
 from moe_mtl.kernels.triton_hidden_grad import hidden_grad
 from moe_mtl.kernels.triton_launch import loads_blocks
+from moe_mtl.kernels.triton_replay import replayed
 from moe_mtl.kernels.triton_sort_rows import sort_rows
 from moe_mtl.kernels.triton_up import up
 from moe_mtl.kernels.triton_weight_grad import weight_grad
@@ -65,6 +66,7 @@ class _Launch:
         return weight_grad(a, b, plan.order, plan.offsets, k, self.precision, config, self.processors, **how)
 
 
+@replayed
 def moe_mlp(
     x: Tensor,
     w1: Tensor,
@@ -95,6 +97,7 @@ def moe_mlp(
     return combine(ys, gates, plan.inverse, plan.offsets, k), z
 
 
+@replayed
 def moe_mlp_backward(
     dy: Tensor,
     x: Tensor | None,
@@ -145,6 +148,7 @@ def moe_mlp_backward(
     return dx, dw1, db1, dw2, db2, dgates
 
 
+@replayed
 def grouped_linear(x: Tensor, w: Tensor, b: Tensor | None, plan: Plan) -> Tensor:
     """Forward of `ops.grouped_linear`: y [m, o]."""
     y = x.new_zeros(x.shape[0], w.shape[1])
@@ -153,6 +157,7 @@ def grouped_linear(x: Tensor, w: Tensor, b: Tensor | None, plan: Plan) -> Tensor
     return _Launch(x, plan).down(_rows(x), _stacked(w), _whole(b), y, gather=True, scatter=True)
 
 
+@replayed
 def grouped_linear_backward(
     dy: Tensor, x: Tensor | None, w: Tensor, plan: Plan, need: list[bool]
 ) -> tuple[Tensor | None, ...]:

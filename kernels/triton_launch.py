@@ -1,21 +1,23 @@
-"""How the kernels are launched: without binding and specialising the arguments anew where that was done before.
+"""How the kernels are launched, and with which blocks of memory for the copy engine."""
 
-Triton works out on every call which compiled kernel fits the arguments, which takes the host longer than a small kernel
-takes the GPU. The compiled kernel is kept here, by all that decides which one it is, and called directly.
-"""
-
+import threading
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_mtl.kernels import configs
 from moe_mtl.kernels.configs import Config
 
-_compiled: dict[tuple, Any] = {}
-_free: dict[int, tuple[bool, ...]] = {}  # which parameters of a kernel are compiled for any value or alignment
+
+class _Watcher(threading.local):
+    """Who is told of every launch of this thread; see `moe_mtl.kernels.triton_replay`."""
+
+    record: Any = None
+
+
+watcher = _Watcher()
 
 
 def launch(
@@ -37,54 +39,21 @@ def launch(
         warps: per program.
         stages: steps in flight.
         options: more options of the compiler.
-    """
-    device = (args[0].base if type(args[0]) is TensorDescriptor else args[0]).device
-    on_gpu = device.type == "cuda"
-    if on_gpu and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return launch(kernel, grid, args, constants, warps, stages, **options)
-    key = compiled = None
-    if on_gpu:
-        free = _free.get(id(kernel))
-        if free is None:
-            free = _free[id(kernel)] = tuple(map(_any_value, kernel.params[: len(args)]))
-        kinds = [_kind(arg, any_value) for arg, any_value in zip(args, free, strict=True)]
-        key = (id(kernel), device.index, warps, stages, *options.items(), *constants.values(), *kinds)
-        compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*args, *constants.values())
-        return None
-    _check_order(kernel, args, constants)
-    compiled = kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, **options)
-    if on_gpu and isinstance(compiled, triton.compiler.CompiledKernel):  # None where someone watches the launches
-        _compiled[key] = compiled
-    return None
-
-
-def _check_order(kernel: Any, args: tuple, constants: dict[str, Any]) -> None:
-    """Refuses constants that are not the kernel's last parameters in order: compiled kernels take them by place.
 
     Raises:
-        TypeError: with the parameters.
+        TypeError: the constants are not the kernel's last parameters in order.
     """
-    expected = list(kernel.arg_names[len(args) :])
-    if list(constants) != expected:
-        raise TypeError(f"constants: got {list(constants)}, expected {expected} after {len(args)} arguments")
-
-
-def _any_value(parameter: Any) -> bool:
-    return bool(parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
-
-
-def _kind(arg: Any, any_value: bool) -> Any:
-    """What of an argument decides about the code."""
-    if type(arg) is int:
-        return arg >> 31 if any_value else arg
-    if arg is None:
-        return None
-    if type(arg) is TensorDescriptor:
-        return (arg.base.dtype, *arg.block_shape)
-    return arg.dtype, not any_value and arg.data_ptr() % 16
+    device = (args[0].base if type(args[0]) is TensorDescriptor else args[0]).device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, args, constants, warps, stages, **options)
+    compiled = kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, **options)
+    if watcher.record is not None:  # compiled kernels take constants by place
+        expected = list(kernel.arg_names[len(args) :])
+        if list(constants) != expected:
+            raise TypeError(f"constants: got {list(constants)}, expected {expected} after {len(args)} arguments")
+        watcher.record.add(compiled, grid, (*args, *constants.values()))
+    return None
 
 
 def options_of(config: Config) -> dict[str, int]:

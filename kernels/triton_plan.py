@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_mtl.kernels.plan import TILE_ROWS, tile_bound
 from moe_mtl.kernels.triton_launch import cdiv, launch, next_power_of_2
+from moe_mtl.kernels.triton_replay import replayed
 
 ONE_LAUNCH = 8192  # slots
 BLOCK = 128  # slots ranked at once, which eight bits can count
@@ -189,6 +190,7 @@ def place_kernel(
         _tiles(pid - shares, total, ends, offsets, tiles, slots, num_experts, EXPERTS, LINES, SMALL, MIDDLE, LARGE)
 
 
+@replayed
 def plan(idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """order, inverse, offsets and tiles of a `Plan`, from the ids of all slots in a row [r]."""
     idx, slots = idx.contiguous(), idx.shape[0]

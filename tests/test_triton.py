@@ -527,20 +527,6 @@ def test_activations_of_16_bit_results(activation):
     assert (slope - derivative)[finite].abs().max() < 1e-6 and slope[-1].isnan()
 
 
-def test_constants_in_another_order_are_refused(monkeypatch):
-    """Compiled kernels take them by their places."""
-    calls = []
-    monkeypatch.setattr(triton_combine, "launch", lambda *call, **options: calls.append((call, options)))
-    ys, gates, plan = torch.randn(3, 5), torch.rand(3, 1), ops.plan_routing(torch.tensor([[1], [0], [-1]]), 2)
-    y = triton_combine.combine(ys, gates, plan.inverse, plan.offsets, 1)
-    (((kernel, grid, args, constants), options),) = calls
-    triton_launch.launch(kernel, grid, args, constants, **options)
-    torch.testing.assert_close(y, torch.stack([ys[1] * gates[0], ys[0] * gates[1], torch.zeros(5)]))
-    for wrong in (dict(reversed(constants.items())), constants | {"MORE": 1}, {"SLOTS": 1}):
-        with pytest.raises(TypeError, match=f"constants: got .*'{[*wrong][-1]}'.* after {len(args)} arguments"):
-            triton_launch.launch(kernel, grid, args, wrong, **options)
-
-
 def test_sums_of_the_host():
     for number in (*range(1, 70), 127, 128, 129, 2**20 - 1, 2**20, 2**20 + 1):
         assert triton_launch.next_power_of_2(number) == 2 ** math.ceil(math.log2(number))
