@@ -15,8 +15,8 @@ in a bare checkout, with torch and triton and no installation. In this order:
     harness       benchmarks/moe_layer.py with the table in the tree, bf16; OUTDIR/results.csv
 
 Each is a process of its own with a deadline, so one that fails, hangs or breaks the GPU context leaves the others
-alone. What it prints is OUTDIR/<name>.log. A short table comes last. Exit code 1 where something is wrong or was not
-checked to the end, 2 without a GPU.
+alone; the dtypes are several each, since compiling kernels is what takes the time. What it prints is OUTDIR/<name>.log.
+A short table comes last. Exit code 1 where something is wrong or was not checked to the end, 2 without a GPU.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from checks import (  # noqa: E402
     poisoned,
     precision,
 )
-from gpu_summary import CHECKS, summary  # noqa: E402
+from gpu_summary import CHECKS, files_of, part_of, summary  # noqa: E402
 from measure import captured, saved_bytes, sync_forbidden  # noqa: E402
 from records import machine  # noqa: E402
 from roofline import ceilings, saved_limit  # noqa: E402
@@ -57,7 +57,7 @@ from shapes import SHAPES  # noqa: E402
 from moe_mtl.kernels import configs, ops  # noqa: E402
 
 CHECKED_BY = 0.34  # of all seconds
-TUNED_BY = 0.62
+TUNED_BY = 0.6
 MEASURED_BY = 0.97
 GRACE_S = 15  # beyond its seconds, before a step is ended from outside
 FROZEN_CASES = 3
@@ -65,10 +65,18 @@ FROZEN_CASES = 3
 Step = Iterator[Report]  # one report after the other, until all is checked
 
 
-def values(kind: str, device: torch.device, count: int) -> Step:
-    """Every kernel in one dtype: training, inference, one linear layer, and gradients asked for alone."""
+def values(kind: str, device: torch.device, count: int, part: int = 0, parts: int = 1) -> Step:
+    """Every kernel in one dtype: training, inference, one linear layer, and gradients asked for alone.
+
+    Args:
+        kind: of `checks.DTYPES`.
+        device: where the kernels run.
+        count: cases of all parts together.
+        part: which part of them is checked, from 0.
+        parts: how many there are.
+    """
     draws = 0 if device.type == "cuda" else 2  # the interpreter is slow
-    for i, case in enumerate(cases(count)):
+    for i, case in [*enumerate(cases(count))][part::parts]:
         yield check_mlp(case, kind, device, "triton", draws)
         yield check_linear(case, kind, device, "triton", draws)
         if i < FROZEN_CASES:
@@ -191,13 +199,17 @@ def describe(device: torch.device) -> list[str]:
     ]
 
 
-def run_step(name: str, out: Path, device: torch.device, seconds: float, count: int) -> int:
-    """Runs one step in this process and keeps OUTDIR/<name>.json up to date."""
+def run_step(
+    name: str, out: Path, device: torch.device, seconds: float, count: int, part: int = 0, parts: int = 1
+) -> int:
+    """Runs one step, or a part of it, in this process and keeps its file in OUTDIR up to date."""
     deadline = time.monotonic() + seconds
     if name == "machine":
         (out / "machine.json").write_text(json.dumps({"lines": describe(device)}))
         return 0
-    steps: dict[str, Callable[[], Step]] = {kind: lambda kind=kind: values(kind, device, count) for kind in DTYPES}
+    steps: dict[str, Callable[[], Step]] = {
+        kind: lambda kind=kind: values(kind, device, count, part, parts) for kind in DTYPES
+    }
     own = {"table": table, "plan": plans, "determinism": determinism, "graph": graph, "memory": memory}
     steps |= {name: lambda step=step: step(device) for name, step in own.items()}
     torch.manual_seed(0)
@@ -205,7 +217,7 @@ def run_step(name: str, out: Path, device: torch.device, seconds: float, count: 
 
     def keep() -> None:
         found = {"cases": total.cases, "failures": total.failures, "errors": total.errors, "done": done}
-        (out / f"{name}.json").write_text(json.dumps(found, indent=1))
+        (out / f"{part_of(name, part)}.json").write_text(json.dumps(found, indent=1))
 
     for report in steps[name]():
         for line in report.failures:
@@ -246,32 +258,42 @@ def main() -> int:
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with TRITON_INTERPRET=1, checks only"
     )
-    parser.add_argument("--cases", type=int, default=24, help="sizes per dtype")
+    parser.add_argument("--cases", type=int, default=16, help="sizes per dtype")
+    parser.add_argument("--parts", type=int, help="processes per dtype; by default as the processors allow")
     parser.add_argument("--step", help="only that, in this process")
+    parser.add_argument("--part", type=int, default=0, help="of the step's parts, only that, from 0")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no GPU here: make gpu needs an NVIDIA GPU and a CUDA build of torch")
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
+    parts = args.parts or max(1, (os.cpu_count() or 1) // len(DTYPES) - 1)
     if args.step:
-        return run_step(args.step, args.out, torch.device(args.device), args.seconds, args.cases)
+        return run_step(args.step, args.out, torch.device(args.device), args.seconds, args.cases, args.part, parts)
     began = time.monotonic()
-    for old in (*(f"{name}.json" for name in ("machine", *CHECKS, "configs")), "results.csv"):
-        (args.out / old).unlink(missing_ok=True)
+    for name in ("machine", *CHECKS, "configs"):
+        for old in files_of(args.out, name):
+            old.unlink()
+    (args.out / "results.csv").unlink(missing_ok=True)
 
     def left(share: float) -> float:
         return max(1.0, began + share * args.seconds - time.monotonic())
 
-    def step(name: str, share: float) -> subprocess.Popen:
+    def step(name: str, share: float, part: int = 0) -> subprocess.Popen:
         options = ["--device", args.device, "--cases", args.cases, "--step", name, "--seconds", left(share)]
-        return spawn([HERE / "gpu.py", args.out, *options], args.out / f"{name}.log")
+        options += ["--part", part, "--parts", parts]
+        return spawn([HERE / "gpu.py", args.out, *options], args.out / f"{part_of(name, part)}.log")
 
     on_gpu = args.device == "cuda"
     codes = {}
     if on_gpu:  # alone: it measures
         codes |= wait({"machine": step("machine", CHECKED_BY)}, time.monotonic() + left(CHECKED_BY))
     checks = [name for name in CHECKS if on_gpu or name not in ("table", "graph", "memory")]
-    running = {name: step(name, CHECKED_BY) for name in checks}
+    running = {
+        part_of(name, part): step(name, CHECKED_BY, part)
+        for name in checks
+        for part in range(parts if name in DTYPES else 1)
+    }
     codes |= wait(running, time.monotonic() + left(CHECKED_BY) + GRACE_S)
     if on_gpu:
         seconds = left(TUNED_BY)

@@ -15,6 +15,16 @@ WIDTHS = (9, 8, 6, 7, 6, 10, 9, 7)
 SHOWN = ("inference y", "y", "dx", "dw1", "dw2", "dgates")
 
 
+def part_of(name: str, part: int) -> str:
+    """What a part of a step is called; the first as the step."""
+    return f"{name}.{part}" if part else name
+
+
+def files_of(out: Path, name: str) -> list[Path]:
+    """What the parts of a step left."""
+    return sorted([*out.glob(f"{name}.json"), *out.glob(f"{name}.[0-9]*.json")])
+
+
 def summary(out: Path, codes: dict[str, int], checks: list[str]) -> tuple[list[str], bool]:
     """The lines, and whether anything is wrong or was not checked to the end.
 
@@ -27,7 +37,7 @@ def summary(out: Path, codes: dict[str, int], checks: list[str]) -> tuple[list[s
     if (out / "machine.json").exists():
         lines += json.loads((out / "machine.json").read_text())["lines"]
     for name in checks:
-        line, found, good = _check(out, name, codes.get(name))
+        line, found, good = _check(out, name, codes)
         lines.append(line)
         failures += found
         wrong |= not good
@@ -45,15 +55,19 @@ def summary(out: Path, codes: dict[str, int], checks: list[str]) -> tuple[list[s
     return lines[:MOST_LINES], wrong
 
 
-def _check(out: Path, name: str, code: int | None) -> tuple[str, list[str], bool]:
-    path = out / f"{name}.json"
-    if not path.exists():
-        return f"{name:13}FAILED, exit code {code}, no result: {name}.log", [], False
-    found = json.loads(path.read_text())
-    good = found["done"] and not found["failures"] and code == 0
-    state = "passed" if good else f"FAILED {len(found['failures'])}" if found["failures"] else "NOT FINISHED"
-    errors = " ".join(f"{key} {found['errors'][key]:.0e}" for key in SHOWN if key in found["errors"])
-    return f"{name:13}{state}, {found['cases']} checks  {errors}".rstrip(), found["failures"], good
+def _check(out: Path, name: str, codes: dict[str, int]) -> tuple[str, list[str], bool]:
+    """The line of a step, its failures, and whether all its parts passed."""
+    parts = {part: code for part, code in codes.items() if part == name or part.startswith(f"{name}.")} or {name: None}
+    for part, code in parts.items():
+        if not (out / f"{part}.json").exists():
+            return f"{name:13}FAILED, exit code {code}, no result: {part}.log", [], False
+    found = [json.loads((out / f"{part}.json").read_text()) for part in parts]
+    failures = [failure for one in found for failure in one["failures"]]
+    good = all(one["done"] for one in found) and not failures and not any(parts.values())
+    state = "passed" if good else f"FAILED {len(failures)}" if failures else "NOT FINISHED"
+    worst = {key: max(one["errors"].get(key, 0.0) for one in found) for key in SHOWN}
+    errors = " ".join(f"{key} {error:.0e}" for key, error in worst.items() if error)
+    return f"{name:13}{state}, {sum(one['cases'] for one in found)} checks  {errors}".rstrip(), failures, good
 
 
 def _harness(out: Path) -> list[str]:

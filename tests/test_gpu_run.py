@@ -173,6 +173,32 @@ def test_the_summary_says_what_is_wrong(left, said, tmp_path):
     assert any(line.startswith(f"bf16         {said}") for line in lines)
 
 
+def test_parts_of_a_step_are_one_line(tmp_path):
+    codes = results(tmp_path) | {"bf16.1": 0, "bf16.2": 0}
+    for part, error in ((1, 4e-3), (2, 1e-3)):
+        found = {"cases": 5, "failures": [], "errors": {"y": error}, "done": True}
+        (tmp_path / f"{gpu_summary.part_of('bf16', part)}.json").write_text(json.dumps(found))
+    lines, wrong = gpu_summary.summary(tmp_path, codes, list(gpu_summary.CHECKS))
+    assert not wrong and "bf16         passed, 58 checks  y 4e-03 dx 3e-03" in lines
+    lines, wrong = gpu_summary.summary(tmp_path, codes | {"bf16.1": 1}, list(gpu_summary.CHECKS))
+    assert wrong and any(line.startswith("bf16         NOT FINISHED, 58 checks") for line in lines)
+    (tmp_path / "bf16.2.json").unlink()
+    lines, wrong = gpu_summary.summary(tmp_path, codes, list(gpu_summary.CHECKS))
+    assert wrong and "bf16         FAILED, exit code 0, no result: bf16.2.log" in lines
+
+
+def test_parts_hold_every_case(monkeypatch):
+    seen = []
+    for name in ("check_mlp", "check_linear", "check_frozen"):
+        monkeypatch.setattr(gpu_run, name, lambda case, *_, name=name: seen.append((name, case)) or Report(cases=1))
+    for part in range(3):
+        assert list(gpu_run.values("bf16", CPU, 8, part, 3))
+    drawn = checks.cases(8)
+    expected = [(name, case) for name in ("check_mlp", "check_linear") for case in drawn]
+    expected += [("check_frozen", case) for case in drawn[: gpu_run.FROZEN_CASES]]
+    assert sorted(map(str, seen)) == sorted(map(str, expected))
+
+
 def test_a_failed_harness_is_wrong_a_failed_sweep_is_said(tmp_path):
     codes = results(tmp_path)
     lines, wrong = gpu_summary.summary(tmp_path, codes | {"tune": 1}, list(gpu_summary.CHECKS))
