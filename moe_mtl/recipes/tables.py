@@ -60,8 +60,11 @@ def single_task_census() -> Recipe:
 
 @register
 def home_census() -> Recipe:
-    """HoME on Census-Income; needs --data.root."""
-    return on(mmoe_census(), "runs/home_census", "home_table")
+    """HoME on Census-Income, with the settings that did best on its validation rows; needs --data.root."""
+    args = {"dropout": 0.2, "norm": "none", "widths": [64], "embedding_dim": 4}
+    recipe = on(mmoe_census(), "runs/home_census", "home_table", **args)
+    how = {"steps": 701, "batch_size": 1024, "lr": 3e-3, "eval_every": 0, "save_every": 100}
+    return replace(recipe, trainer=replace(recipe.trainer, **how))
 
 
 @register
