@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -30,7 +30,7 @@ from typing import Any
 
 from moe_mtl import checkpoint
 from moe_mtl.recipes import get_recipe
-from moe_mtl.trainer_config import FREE_TO_CHANGE
+from moe_mtl.trainer_config import FREE_TO_CHANGE, TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "controls"
@@ -147,11 +147,15 @@ def work_off(seeds: int, workers: int) -> None:
 
 
 def current(record: Mapping[str, Any]) -> bool:
-    """Whether a record was made by its recipe as it stands now, with the updates its budget asks for."""
+    """Whether a record was made by its recipe as it stands now, with the updates its budget asks for.
+
+    Options of the trainer that the record does not mention had no effect before there were any: their default stands.
+    """
     run = Run(record["recipe"], record["budget"], record["seed"])
     recipe = json.loads(json.dumps(get_recipe(run.recipe).to_dict()))
     recipe["trainer"] |= {"steps": run.steps(), "seed": run.seed}
-    changed = {path for path, _, _ in checkpoint.differences(record["config"], recipe)}
+    known = record["config"] | {"trainer": asdict(TrainerConfig(steps=1)) | record["config"]["trainer"]}
+    changed = {path for path, _, _ in checkpoint.differences(json.loads(json.dumps(known)), recipe)}
     return record["steps"] == run.steps() and changed <= FREE_TO_CHANGE - {"trainer.steps"} | {"model.start"}
 
 

@@ -138,6 +138,8 @@ def test_a_record_counts_only_for_the_recipe_that_made_it(results, tmp_path, mon
     made["config"] = json.loads(json.dumps(made["config"]))
     made["config"]["trainer"]["eval_every"] = 7  # what is logged changes nothing
     assert controls.current(made)
+    del made["config"]["trainer"]["batches"]  # as before there was this option
+    assert controls.current(made)
     for change in ({"trainer": {"lr": 0.5}}, {"model": {"args": {"dim": 8}}}, {"data": {"rho": 1.0}}):
         ((part, fields),) = change.items()
         other = made | {"config": made["config"] | {part: made["config"][part] | fields}}
