@@ -206,22 +206,22 @@ def width_of(args: Mapping[str, Any]) -> str:
 
 def show(results: Mapping[str, Any]) -> None:
     """Prints the scores, the cost, the routing, the agreement and the gains."""
-    console = Console()
+    console = Console(markup=False, emoji=False)  # a label may hold brackets and colons
     for table in (_scores(results), _cost(results), _routing(results)):
         if table.row_count:
             console.print(table)
     worst, where = max(
         (value, f"{task}, {how}") for task, row in results["agreement"].items() for how, value in row.items()
     )
-    verdict = "agree with" if worst <= AGREES else "[red]DIFFER from[/red]"
-    lines = [f"one task alone and extracted {verdict} the full pass: largest relative difference {worst:.1e} ({where})"]
+    verdict, style = ("agree with", None) if worst <= AGREES else ("DIFFER from", "red")
+    line = f"one task alone and extracted {verdict} the full pass: largest relative difference {worst:.1e} ({where})"
+    console.print(line, style=style, soft_wrap=True)
     for baseline in results.get("baselines", []):
         gain = baseline["gain"]
-        lines.append(
+        line = (
             f"against {baseline['label']}: delta_task {gain['delta_task']:+.2f} % (higher is better), "
             f"delta_metric {gain['delta_metric']:+.2f} % (lower is better), {gain['tasks_worse']} tasks worse"
         )
-    for line in lines:
         console.print(line, soft_wrap=True)
 
 

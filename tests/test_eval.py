@@ -21,7 +21,7 @@ from moe_mtl.hub import load, save
 from moe_mtl.pictures import Pictures
 from moe_mtl.registry import create_model
 from moe_mtl.report import write_report
-from moe_mtl.results import compare, format_metric
+from moe_mtl.results import compare, format_metric, show
 from moe_mtl.scoring import TaskMetrics
 from moe_mtl.tasks import Task
 
@@ -361,6 +361,14 @@ def test_the_page_escapes_names(tmp_path, whole):
     assert "&lt;b&gt;&amp; on ProcRoom" in page and "<b>&" not in page
     assert "&lt;i&gt;&amp;" in page and "<i>" not in page
     assert page.count("&lt;u&gt;&amp;") == 2 and "<u>" not in page  # under the cost, and among the facts
+
+
+def test_labels_are_printed_as_they_are(whole, capsys):
+    labelled = [task for task in DATA.task_list() if None not in whole[0]["metrics"][task.name].values()]
+    (other,) = compare(whole[0], [{**whole[0], "label": "old [v2]:x:", "parameters": 1}], labelled)
+    show({**whole[0], "label": "new [/v2]", "baselines": [other]})
+    out = capsys.readouterr().out
+    assert "new [/v2] on 6 test samples" in out and "against old [v2]:x:: delta_task +0.00 %" in out
 
 
 @pytest.mark.parametrize(
