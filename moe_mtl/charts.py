@@ -18,7 +18,7 @@ from moe_mtl.activity import Activity
 from moe_mtl.diagnostics import LayerUsage
 from moe_mtl.palette import MISSING
 from moe_mtl.tasks import Task
-from moe_mtl.viz import BAR, INK, SEQUENTIAL, TITLE, new_figure
+from moe_mtl.viz import BAR, INK, SEQUENTIAL, TITLE, new_figure, plain
 
 BINS = 10  # of a reliability diagram, with equally many samples
 DRAWN = 2000  # points of a scatter plot
@@ -92,7 +92,7 @@ def _confusion(figure: Figure, task: Task, logits: Tensor, target: Tensor) -> No
     cmap = colormaps[SEQUENTIAL].with_extremes(bad=MISSING)
     image = axes.imshow(np.ma.masked_invalid(shares), cmap=cmap, vmin=0, vmax=1)
     if task.channels <= 12:
-        names = task.classes or [str(c) for c in range(task.channels)]
+        names = [plain(name) for name in task.classes or map(str, range(task.channels))]
         axes.set_xticks(range(task.channels), names, fontsize=7, rotation=90)
         axes.set_yticks(range(task.channels), names, fontsize=7)
     axes.set_xlabel("predicted", fontsize=8)

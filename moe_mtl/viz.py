@@ -231,7 +231,7 @@ def _text_grid(task: Task, images: Tensor, sides: Sequence[Tensor], columns: Seq
             text = describe(task, side[row], is_target=column == 2)
             if task.kind == "classification" and column == 1 and len(sides) == 2 and sides[1][row] != task.ignore_index:
                 text = f"{'✓' if int(side[row].argmax()) == int(sides[1][row]) else '✗'} {text}"
-            axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=10, color=INK, linespacing=1.5)
+            axes.text(0.5, 0.5, plain(text), ha="center", va="center", fontsize=10, color=INK, linespacing=1.5)
     return figure
 
 
@@ -267,6 +267,11 @@ def to_rgb(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).numpy()
 
 
+def plain(text: str) -> str:
+    """A text that matplotlib draws as it stands: what is between two dollar signs it takes for a formula."""
+    return text.replace("$", r"\$")
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty opaque figure of that many inches, on its own canvas."""
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
@@ -296,7 +301,7 @@ def _legend(figure: Figure, entries: Sequence[tuple[str, np.ndarray]], columns: 
     """A legend below everything else, in reading order: matplotlib fills columns, so the entries are dealt to them."""
     entries = [entry for column in range(columns) for entry in entries[column::columns]]
     handles = [
-        Patch(facecolor=tuple(colour.tolist()), edgecolor="#00000055", linewidth=0.5, label=label)
+        Patch(facecolor=tuple(colour.tolist()), edgecolor="#00000055", linewidth=0.5, label=plain(label))
         for label, colour in entries
     ]
     figure.legend(

@@ -7,8 +7,11 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.cbook import is_math_text
+from matplotlib.text import Text
 from torch import nn
 
+from moe_mtl.charts import score_chart
 from moe_mtl.diagnostics import ExpertUsage
 from moe_mtl.palette import categorical_palette
 from moe_mtl.routing import Routing
@@ -171,3 +174,21 @@ def test_nothing_global_is_touched(monkeypatch):
     figure = prediction_grid(Task.depth(), IMAGES, torch.rand(2, 8, 8), torch.rand(2, 8, 8))
     figure.savefig(io.BytesIO(), format="png")
     assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("name", ["$25k-$50k", r"$\foo$"])
+def test_dollar_signs_in_names_are_no_formulas(name):
+    classes = [name, "other"]
+    whole, pixels = Task.classification("c", 2, classes=classes), Task.segmentation("s", 2, classes=classes)
+    logits, ids = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.zeros(2, dtype=torch.int64)
+    for figure in (
+        prediction_grid(whole, IMAGES, logits, ids),
+        prediction_grid(
+            pixels, IMAGES, logits[:, :, None, None].expand(-1, -1, 8, 8), ids[:, None, None].expand(-1, 8, 8)
+        ),
+        score_chart(whole, logits, ids),
+    ):
+        figure.savefig(io.BytesIO(), format="png")  # a formula that cannot be read would raise
+        texts = figure.findobj(lambda artist: isinstance(artist, Text) and "other" not in artist.get_text())
+        shown = [text for text in texts if name.replace("$", r"\$") in text.get_text()]
+        assert shown and not any(is_math_text(text.get_text()) for text in shown)
