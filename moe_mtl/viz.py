@@ -236,13 +236,17 @@ def _text_grid(task: Task, images: Tensor, sides: Sequence[Tensor], columns: Seq
 
 
 def describe(task: Task, value: Tensor, is_target: bool) -> str:
-    """One sample's prediction or label of an image-level task in words: the class and its probability, or numbers."""
+    """One sample's prediction or label of an image-level task in words: classes, probabilities, or numbers."""
     names = task.classes or [str(c) for c in range(task.channels)]
     if task.kind == "classification":
         if is_target:
             return "no label" if int(value) == task.ignore_index else names[int(value)]
         probability, best = value.softmax(dim=-1).max(dim=-1)
         return f"{names[int(best)]}\n{float(probability):.0%} sure"
+    if value.isnan().all():
+        return "no label"
+    if task.kind == "binary" and not is_target:
+        return f"{float(value.sigmoid()):.0%} sure of 1"
     if task.kind == "multilabel":
         chosen = (value if is_target else value.sigmoid()) >= 0.5
         return "\n".join(name for name, yes in zip(names, chosen.tolist(), strict=True) if yes) or "none"
@@ -263,7 +267,7 @@ def to_rgb(images: Tensor) -> np.ndarray:
         images = images[:, :1].expand(-1, 3, -1, -1)
     low, high = images.min(), images.max()
     if low < 0 or high > 1:
-        images = (images - low) / (high - low)
+        images = ((images - low) / (high - low)).nan_to_num()  # one value everywhere is black
     return images.permute(0, 2, 3, 1).numpy()
 
 

@@ -1,6 +1,7 @@
 """Patches in their place, colours apart, and figures that show what they are given."""
 
 import io
+import math
 import sys
 
 import matplotlib
@@ -72,6 +73,7 @@ def test_to_rgb_leaves_0_to_1_alone_and_stretches_the_rest():
     y = to_rgb(4 * x - 2)
     assert y.min() == 0 and y.max() == 1
     assert to_rgb(x[:, :1]).shape == (2, 4, 4, 3)
+    assert not to_rgb(torch.full_like(x, 2.0)).any()
 
 
 def drawn(figure):
@@ -133,6 +135,10 @@ def test_describe():
     assert describe(labels, torch.tensor([2.0, -2.0, 0.1]), is_target=False) == "a\nc"
     assert describe(labels, torch.tensor([0.0, 1.0, 0.0]), is_target=True) == "b"
     assert describe(labels, torch.zeros(3), is_target=True) == "none"
+    assert describe(labels, torch.full((3,), float("nan")), is_target=True) == "no label"
+    assert describe(labels, torch.tensor([float("nan"), 1.0, 0.0]), is_target=True) == "b"
+    assert describe(Task.binary("y"), torch.tensor(-math.log(3)), is_target=False) == "25% sure of 1"
+    assert describe(Task.binary("y"), torch.tensor(1.0), is_target=True) == "1"
     assert describe(Task.regression("r"), torch.tensor(1.23456), is_target=True) == "1.23"
     assert describe(Task.regression("r"), torch.tensor(float("nan")), is_target=True) == "no label"
     assert describe(Task.classification("c", 2), torch.tensor(-100), is_target=True) == "no label"
