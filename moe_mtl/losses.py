@@ -55,3 +55,10 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "huber": huber,
     "cosine": cosine,
 }
+
+_ALIKE = frozenset({"binary", "multilabel", "regression", "depth", "binary_map"})  # a label has a prediction's shape
+LOSS_KINDS: dict[str, frozenset[str]] = {  # the kinds of task for which a loss gives one value per label
+    "cross_entropy": frozenset({"classification", "tagging", "segmentation"}),
+    **dict.fromkeys(("bce", "l1", "mse", "huber"), _ALIKE),
+    "cosine": frozenset({"normals"}),
+}

@@ -17,6 +17,7 @@ A sample that lacks a label altogether simply has no entry (or None) under the t
 """
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -25,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moe_mtl.losses import LOSSES
+from moe_mtl.losses import LOSS_KINDS, LOSSES
 
 Kind = Literal[
     "classification",
@@ -41,6 +42,7 @@ Kind = Literal[
 DENSE_KINDS = frozenset({"segmentation", "depth", "normals", "binary_map"})
 CLASS_KINDS = frozenset({"classification", "tagging", "segmentation"})  # integer targets, one class each
 RESERVED = frozenset({"image", "table", "text"})  # names of inputs in a sample
+_MODULE = nn.ModuleDict()  # what it has as an attribute no entry of it can be called
 KINDS = DENSE_KINDS | CLASS_KINDS | {"binary", "multilabel", "regression"}
 
 
@@ -50,6 +52,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
     return f"{hint}known: {', '.join(known) or 'none'}"
+
+
+def is_taken(name: str) -> bool:
+    """Whether inputs or modules have this name, so that no task can."""
+    return name in RESERVED or hasattr(_MODULE, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,19 +93,28 @@ class Task:
     def __post_init__(self):
         if not self.name or not self.name.isidentifier():
             raise ValueError(f"name: {self.name!r} is not usable as a key; use letters, digits and underscores")
-        if self.name in RESERVED or hasattr(nn.ModuleDict, self.name):
+        if is_taken(self.name):
             raise ValueError(f"name: {self.name!r} is taken by inputs or modules; choose another, as {self.name}_task")
         if self.kind not in KINDS:
             raise ValueError(f"kind: unknown {self.kind!r}; {nearest(self.kind, KINDS)}")
         if self.channels < 1:
             raise ValueError(f"channels: task {self.name!r} needs at least 1 output, got {self.channels}")
-        if not self.std > 0 or (self.kind != "regression" and (self.mean, self.std) != (0, 1)):
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight: task {self.name!r} has {self.weight}, expected a finite number of at least 0")
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf) or (
+            self.kind != "regression" and (self.mean, self.std) != (0, 1)
+        ):
             raise ValueError(
-                f"mean, std: task {self.name!r} has {self.mean} and {self.std}; expected std above 0, and 0 and 1 for "
-                "anything but regression"
+                f"mean, std: task {self.name!r} has {self.mean} and {self.std}; expected finite numbers, std above "
+                "0, and 0 and 1 for anything but regression"
             )
         if self.loss not in LOSSES:
             raise ValueError(f"loss: unknown {self.loss!r} for task {self.name!r}; {nearest(self.loss, LOSSES)}")
+        if self.kind not in LOSS_KINDS.get(self.loss, KINDS):
+            fitting = [loss for loss in LOSSES if self.kind in LOSS_KINDS.get(loss, KINDS)]
+            raise ValueError(
+                f"loss: {self.loss!r} does not fit task {self.name!r} of kind {self.kind!r}; use {', '.join(fitting)}"
+            )
         known = [p for p in inspect.signature(LOSSES[self.loss]).parameters if p not in ("prediction", "target")]
         for option in self.loss_args:
             if option not in known:
@@ -211,7 +227,8 @@ class Task:
         """Mean loss over the labels present, a scalar; an exact zero with zero gradient when there are none.
 
         Raises:
-            ValueError: prediction and target do not have the shapes of the table above.
+            ValueError: prediction and target do not have the shapes of the table above, or a loss of your own gives
+                other than one value per label.
         """
         self.check_shapes(prediction, target)
         valid = self.valid(target)
@@ -225,7 +242,12 @@ class Task:
         if self.kind == "regression":
             prediction, target = prediction / self.std, target / self.std
         per_element = LOSSES[self.loss](prediction, target, **self.loss_args)
-        return (per_element * valid).sum() / valid.sum().clamp(min=1)
+        if per_element.shape != valid.shape:
+            raise ValueError(
+                f"loss: {self.loss!r} of task {self.name!r} gave shape {list(per_element.shape)}, expected "
+                f"one value per label, {list(valid.shape)}"
+            )
+        return per_element.where(valid, 0.0).sum() / valid.sum().clamp(min=1)
 
     def missing(self, like: Tensor) -> Tensor:
         """A target of the shape and dtype of one sample's `like` that says: no label."""

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from moe_mtl.losses import LOSSES
-from moe_mtl.tasks import KINDS, Task, check_tasks, nearest
+from moe_mtl.losses import LOSS_KINDS, LOSSES
+from moe_mtl.tasks import CLASS_KINDS, KINDS, Task, check_tasks, nearest
 
 NAN = float("nan")
 
@@ -232,6 +232,10 @@ def test_good_and_missing_labels_pass(task):
         ({"loss": "cross_entrpy"}, "did you mean 'cross_entropy'"),
         ({"channels": 0}, "at least 1"),
         ({"classes": ("a", "b")}, "2 names for 3 channels"),
+        ({"weight": -1.0}, "weight: task 'scene' has -1.0"),
+        ({"weight": NAN}, "weight: task 'scene' has nan"),
+        ({"kind": "regression", "loss": "mse", "mean": NAN}, "mean, std: .* nan and 1.0"),
+        ({"kind": "regression", "loss": "mse", "std": math.inf}, "mean, std: .* 0.0 and inf"),
     ],
 )
 def test_bad_tasks_are_refused(kwargs, message):
@@ -280,7 +284,7 @@ def test_constructors_take_overrides():
     assert task.compute_loss(torch.tensor([[[4.0]]]), torch.tensor([[[1.0]]])).item() == pytest.approx(1.375)
 
 
-@pytest.mark.parametrize("name", ["image", "text", "type", "train", "keys", "half"])
+@pytest.mark.parametrize("name", ["image", "text", "type", "train", "training", "_modules", "keys", "half"])
 def test_names_that_inputs_or_modules_have_are_refused(name):
     with pytest.raises(ValueError, match=f"{name}_task"):
         Task.classification(name, 3)
@@ -289,6 +293,44 @@ def test_names_that_inputs_or_modules_have_are_refused(name):
 def test_unknown_loss_arguments_are_refused_at_once():
     with pytest.raises(ValueError, match="did you mean 'delta'"):
         Task.depth(loss="huber", loss_args={"detla": 1.0})
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_gives_one_value_per_label_or_is_refused(kind, loss):
+    # as many samples as classes, rows and columns: what broadcasts would go unseen
+    prediction, target = torch.rand(3, 3, 3, 3), torch.ones(3, 3, 3, 3)
+    options = {"name": "t", "kind": kind, "channels": 3, "loss": loss}
+    if kind not in LOSS_KINDS[loss]:
+        with pytest.raises(ValueError, match=f"loss: '{loss}' does not fit task 't' of kind '{kind}'; use "):
+            Task(**options)
+        return
+    task = Task(**options)
+    axes = {"classification": 1, "tagging": 2, "segmentation": 3, "normals": 4, "binary": 1, "multilabel": 2}
+    axes = axes.get(kind, 2 if kind == "regression" else 3)
+    target = target[(0,) * (4 - axes)].to(torch.int64 if kind in CLASS_KINDS else torch.float32)
+    prediction = prediction[(0,) * (4 - axes - (kind in CLASS_KINDS))]
+    first, *rest = (float(task.compute_loss(prediction[i : i + 1], target[i : i + 1])) for i in range(3))
+    assert task.compute_loss(prediction, target).item() == pytest.approx((first + sum(rest)) / 3)
+
+
+def test_a_loss_of_ones_own_that_is_no_value_per_label_is_refused(monkeypatch):
+    monkeypatch.setitem(LOSSES, "mine", lambda prediction, target: (prediction - target).square().mean())
+    with pytest.raises(ValueError, match=r"loss: 'mine' of task 'age' gave shape \[\], expected .*\[2\]"):
+        Task.regression("age", loss="mine").compute_loss(torch.zeros(2), torch.zeros(2))
+
+
+@pytest.mark.parametrize("worst", [math.inf, NAN])
+def test_what_is_predicted_where_there_is_no_label_reaches_neither_loss_nor_gradient(worst):
+    for task in TASKS.values():
+        prediction, target = make_batch(task)
+        target[0] = task.missing(target[0])
+        expected = task.compute_loss(prediction, target)
+        prediction[0] = worst
+        prediction.requires_grad_()
+        loss = task.compute_loss(prediction, target)
+        loss.backward()
+        assert torch.equal(loss, expected) and not prediction.grad[1:].isnan().any(), task.kind
 
 
 def test_tasks_can_be_keys():

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from moe_mtl.bio import is_bio
 from moe_mtl.data._frames import random_parts
 from moe_mtl.data._reading import TextError, bio_classes, class_ids
 from moe_mtl.data._text_tables import Row, TextTable, read_tables
 from moe_mtl.data._texts import SPLITS, TextData, Texts
-from moe_mtl.tasks import RESERVED, Task, nearest
+from moe_mtl.tasks import Task, is_taken, nearest
 
 KINDS = ("classification", "binary", "multilabel", "regression", "tagging")
 
@@ -102,7 +101,7 @@ def _columns(labels: str) -> dict[str, tuple[str, str]]:
             raise ValueError(f"labels: {column!r} has the unknown kind {kind!r}; {nearest(kind, KINDS)}")
         name = re.sub(r"\W", "_", column)
         name = name if name.isidentifier() else f"_{name}"
-        name = f"{name}_task" if name in RESERVED or hasattr(nn.ModuleDict, name) else name
+        name = f"{name}_task" if is_taken(name) else name
         if name in found:
             raise ValueError(
                 f"labels: columns {found[name][0]!r} and {column!r} both make a task {name!r}; name each once, and "
