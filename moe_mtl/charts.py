@@ -51,9 +51,12 @@ def score_chart(task: Task, prediction: Tensor, target: Tensor) -> Figure | None
 
 def _reliability(figure: Figure, task: Task, logits: Tensor, target: Tensor) -> None:
     probability, order = logits.sigmoid().sort()
+    _, run, count = probability.unique_consecutive(return_inverse=True, return_counts=True)
+    ones = torch.zeros(len(count), dtype=torch.float64).index_add(0, run, target[order].double())
+    share = (ones / count)[run]  # of ones among samples of the same probability, whose order says nothing
     groups = [
-        (p.mean().item(), y.double().mean().item())
-        for p, y in zip(probability.tensor_split(BINS), target[order].tensor_split(BINS), strict=True)
+        (p.mean().item(), y.mean().item())
+        for p, y in zip(probability.tensor_split(BINS), share.tensor_split(BINS), strict=True)
         if len(p)
     ]
     axes: Any = figure.subplots(2, 1, height_ratios=[3, 1])

@@ -29,6 +29,15 @@ def test_reliability_of_a_binary_task():
     assert curve.get_ydata() == pytest.approx([0, 0, 0.5, 0.5, 0.5, 0.5, 1, 0.5, 1, 1])
 
 
+def test_reliability_does_not_depend_on_the_order_of_equal_probabilities():
+    # logit 0 for a quarter of zeros and then three quarters of ones, logit 2 for ones and zeros alike
+    logits = torch.cat([torch.zeros(20), torch.full((20,), 2.0)])
+    target = torch.cat([torch.zeros(5), torch.ones(15), torch.ones(10), torch.zeros(10)])
+    for rows in (torch.arange(40), torch.arange(40).flip(0)):
+        curve = score_chart(Task.binary("y"), logits[rows], target[rows]).axes[0].lines[1]
+        assert curve.get_ydata() == pytest.approx([0.75] * 5 + [0.5] * 5)
+
+
 def test_scatter_of_a_regression():
     figure = score_chart(Task.regression("y"), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.5, NAN, 2.5]))
     assert figure.axes[0].collections[0].get_offsets().tolist() == [[1.5, 1.0], [2.5, 3.0]]
