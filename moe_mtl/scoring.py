@@ -79,8 +79,8 @@ class TaskMetrics:
                 inputs are ignored, so a whole batch can be passed.
 
         Raises:
-            ValueError: a prediction of an unknown task or with NaN in it, a shape that does not fit, a label out of
-                range, or group ids that are missing or not int64 [b].
+            ValueError: a prediction of an unknown task or with NaN in it, what is no tensor, a shape that does not fit,
+                a label out of range, or group ids that are missing or not int64 [b].
         """
         for name, prediction in predictions.items():
             if name not in self.tasks:
@@ -89,6 +89,8 @@ class TaskMetrics:
             if target is None or name not in self._metrics:
                 continue
             task = self.tasks[name]
+            _check_tensor(f"predictions[{name!r}]", prediction)
+            _check_tensor(f"targets[{name!r}]", target)
             task.check_shapes(prediction, target)
             prediction, target = prediction.detach().to(self.device), target.to(self.device)
             if prediction.isnan().any():
@@ -125,6 +127,14 @@ class TaskMetrics:
             metrics.reset()
 
 
+def _check_tensor(where: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{where}: got a {type(value).__name__}, expected a tensor; where every sample has one task, which gives "
+            "(rows, prediction), pass the prediction and the labels of those rows"
+        )
+
+
 Results = Mapping[str, Mapping[str, float]]
 
 
@@ -155,7 +165,7 @@ def multi_task_gain(
         absolute: "task/metric" of each baseline near zero.
 
     Raises:
-        ValueError: a task or metric is missing or NaN in results or baseline, or no task has a metric.
+        ValueError: a task or metric is missing, None or NaN in results or baseline, or no task has a metric.
     """
     gains: dict[str, dict[str, float]] = {}
     absolute: list[str] = []
@@ -190,7 +200,10 @@ def _value(where: str, values: Results, task: str, metric: str) -> float:
         raise ValueError(f"{where}: task {task!r} is missing; it has {', '.join(values) or 'none'}")
     if metric not in values[task]:
         raise ValueError(f"{where}: metric {metric!r} of task {task!r} is missing; it has {', '.join(values[task])}")
-    value = float(values[task][metric])
-    if not math.isfinite(value):
-        raise ValueError(f"{where}: metric {metric!r} of task {task!r} is {value}; was there no label to score it on?")
-    return value
+    value = values[task][metric]
+    if value is None or not math.isfinite(value):
+        raise ValueError(
+            f"{where}: metric {metric!r} of task {task!r} is {value}; was there no label to score it on, or of "
+            "one class alone? Compare the other tasks, or score more samples"
+        )
+    return float(value)

@@ -652,6 +652,20 @@ def test_absent_tasks_are_nan_and_leave_the_others_alone():
     assert all(math.isnan(v) for name in ("semseg", "normals", "saliency") for v in result[name].values())
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_batch_without_samples_changes_nothing(metric):
+    for kind in METRICS[metric].kinds:
+        task = task_for(metric, kind, **({"by": "user"} if metric == "grouped_auc" else {}))
+        target = make_target(task)
+        metrics = TaskMetrics([task])
+        values = []
+        for rows in (slice(0, 0), slice(None), slice(0, 0)):
+            users = torch.arange(len(target))[rows] % 2
+            metrics.update({"t": perfect(task, target)[rows]}, {"t": target[rows], "user": users})
+            values.append(metrics.compute()["t"][metric])
+        assert math.isnan(values[0]) and values[1] == values[2], kind
+
+
 def test_to_moves_the_states_and_chains():
     metrics = TaskMetrics(ALL)
     batches = list(all_batches(2))
@@ -694,6 +708,8 @@ def test_bad_metrics_are_refused(task, message):
         ({"depth": torch.full((1, 2, 2), NAN)}, {"depth": torch.ones(1, 2, 2)}, "'depth' has NaN"),
         ({"semseg": torch.ones(1, 3, 2, 2)}, {"semseg": torch.zeros(1, 2, 2).long()}, "expected 4 channels"),
         ({"semseg": torch.ones(1, 4, 2, 2)}, {"semseg": torch.full((1, 2, 2), 4)}, r"targets\['semseg'\].*0 to 3"),
+        ({"depth": ([0], torch.ones(1, 2, 2))}, {"depth": torch.ones(1, 2, 2)}, r"predictions\['depth'\]: got a tuple"),
+        ({"depth": torch.ones(1, 2, 2)}, {"depth": [[[1.0] * 2] * 2]}, r"targets\['depth'\]: got a list"),
     ],
 )
 def test_bad_batches_are_refused(predictions, targets, message):
@@ -777,14 +793,14 @@ def test_published_row_of_nyuv2():
 
 
 def test_what_is_missing_is_named():
-    for which, keep in itertools.product(("results", "baseline"), ("task", "metric", "nan")):
+    for which, keep in itertools.product(("results", "baseline"), ("task", "metric", "nan", "none")):
         broken = {task: dict(values) for task, values in NEW.items()}
         if keep == "task":
             del broken["normals"]
         elif keep == "metric":
             del broken["normals"]["within_11"]
         else:
-            broken["normals"]["within_11"] = NAN
+            broken["normals"]["within_11"] = NAN if keep == "nan" else None  # as JSON has it
         results, base = (broken, BASE) if which == "results" else (NEW, broken)
         with pytest.raises(ValueError, match=rf"{which}: .*normals") as error:
             multi_task_gain(results, base, GAIN_TASKS)

@@ -183,6 +183,8 @@ class _BestF(Summed):
 
     def update(self, prediction: Tensor, target: Tensor, valid: Tensor) -> None:
         """Adds logits [b h w] against labels [b h w], positive from 0.5 on."""
+        if not len(target):  # which pools refuse
+            return
         levels = torch.arange(1, self.thresholds + 1, device=prediction.device) / (self.thresholds + 1)
         level = torch.bucketize(prediction.float().sigmoid(), levels, right=True).masked_fill(~valid, 0)
         positive = (target >= 0.5) & valid
