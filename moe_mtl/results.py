@@ -193,9 +193,12 @@ def _scored_on(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def format_metric(value: float | None, unit: str = "") -> str:
-    """A score with its unit: a share in percent, anything else with four significant digits; None where unlabelled."""
+    """A score with its unit: a share in percent, anything else with four significant digits.
+
+    None and NaN have no value: nothing was labelled, or what was does not define the metric, as one class no AUC.
+    """
     if value is None or value != value:
-        return "no labels"
+        return "no value"
     return f"{100 * value:.1f} %" if unit == "share" else f"{value:.4g}{'' if unit == '°' else ' '}{unit}".rstrip()
 
 

@@ -112,7 +112,7 @@ def test_scores_stand_beside_the_baselines_with_unit_and_direction(results):
     assert rows_of(text, "task")[0] == ["task", "metric", "better", "this model", "single tasks", "shared bottom"]
     assert rows_of(text, "`depth`")[0] == ["`depth`", "rmse", "lower", "0.3141 m", "0.2718 m", "0.4321 m"]
     assert rows_of(text, "`scene`") == [["`scene`", "accuracy", "higher", "65.4 %", "50.0 %", "50.0 %"]]
-    assert rows_of(text, "`edges`") == [["`edges`", "edge f", "higher", "no labels", "25.0 %", "25.0 %"]]
+    assert rows_of(text, "`edges`") == [["`edges`", "edge f", "higher", "no value", "25.0 %", "25.0 %"]]
 
 
 def test_losing_tasks_are_named(results):

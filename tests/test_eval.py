@@ -377,7 +377,7 @@ def test_labels_are_printed_as_they_are(whole, capsys):
         (0.1234, "share", "12.3 %"),
         (12.34567, "°", "12.35°"),
         (2.0, "m", "2 m"),
-        (None, "m", "no labels"),
+        (None, "m", "no value"),
         (3.5, "", "3.5"),
     ],
 )
