@@ -82,6 +82,7 @@ def _scatter(figure: Figure, task: Task, prediction: Tensor, target: Tensor) -> 
     low, high = (float(f(torch.stack((prediction, target.double())))) for f in (torch.min, torch.max))
     axes.plot([low, high], [low, high], color=INK, linewidth=0.8, linestyle="--")
     axes.scatter(target[::step], prediction[::step], s=3, color=BAR, alpha=0.4, linewidths=0)
+    axes.locator_params(axis="x", nbins=4)  # room for numbers of six digits
     axes.set_xlabel("true", fontsize=8)
     axes.set_ylabel("predicted", fontsize=8)
     _tidy(axes)

@@ -380,8 +380,8 @@ def _number(value: float | None, form: str) -> str:
 
 def _short(number: float) -> str:
     """1234567 as 1.23 M."""
-    for factor, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= factor:
+    for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= 0.9995 * factor:  # what three digits round up
             return f"{number / factor:.3g}{unit}"
     return f"{number:.3g}"
 

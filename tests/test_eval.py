@@ -20,7 +20,7 @@ from moe_mtl.diagnostics import expert_usage, mutual_information
 from moe_mtl.hub import load, save
 from moe_mtl.pictures import Pictures
 from moe_mtl.registry import create_model
-from moe_mtl.report import write_report
+from moe_mtl.report import _short, write_report
 from moe_mtl.results import compare, format_metric, show
 from moe_mtl.scoring import TaskMetrics
 from moe_mtl.tasks import Task
@@ -383,6 +383,14 @@ def test_labels_are_printed_as_they_are(whole, capsys):
 )
 def test_format_metric(value, unit, text):
     assert format_metric(value, unit) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999.4, "999"), (999.6, "1 k"), (999_700, "1 M"), (1_234_567, "1.23 M"), (2.5e12, "2.5 T")],
+)
+def test_short_numbers(number, text):
+    assert _short(number) == text
 
 
 def test_the_script_says_what_is_wrong_in_one_line(tmp_path, monkeypatch):
