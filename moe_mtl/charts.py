@@ -81,7 +81,7 @@ def _scatter(figure: Figure, task: Task, prediction: Tensor, target: Tensor) -> 
     axes: Any = figure.subplots()
     low, high = (float(f(torch.stack((prediction, target.double())))) for f in (torch.min, torch.max))
     axes.plot([low, high], [low, high], color=INK, linewidth=0.8, linestyle="--")
-    axes.scatter(target[::step], prediction[::step], s=3, color=BAR, alpha=0.4, linewidths=0)
+    axes.scatter(target[::step].numpy(), prediction[::step].numpy(), s=3, color=BAR, alpha=0.4, linewidths=0)
     axes.locator_params(axis="x", nbins=4)  # room for numbers of six digits
     axes.set_xlabel("true", fontsize=8)
     axes.set_ylabel("predicted", fontsize=8)
@@ -123,7 +123,7 @@ def gate_figures(usage: Mapping[str, LayerUsage], tasks: Sequence[str]) -> dict[
         panels: Any = figure.subplots(rows, 1, sharex=True, sharey=True, squeeze=False)
         for i, task in enumerate(tasks):
             axes = panels[i][0]
-            weight, spread = layer.weight[i].nan_to_num(), layer.spread[i].nan_to_num()
+            weight, spread = layer.weight[i].nan_to_num().numpy(), layer.spread[i].nan_to_num().numpy()
             axes.bar(range(columns), weight, color=BAR, width=0.8, yerr=spread, ecolor=INK, error_kw={"linewidth": 1})
             axes.set_ylabel(task, fontsize=8, rotation=0, ha="right", va="center")
             _tidy(axes)
@@ -145,15 +145,17 @@ def activity_figures(found: Mapping[str, Activity]) -> dict[str, Figure]:
         count = len(one.silent)
         figure = new_figure(4.6, 2.6)
         left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-        left.bar([e - 0.2 for e in range(count)], one.silent, width=0.4, color=MISSING, label="silent activations")
-        left.bar([e + 0.2 for e in range(count)], one.dead, width=0.4, color=INK, label="dead units")
+        left.bar(
+            [e - 0.2 for e in range(count)], one.silent.numpy(), width=0.4, color=MISSING, label="silent activations"
+        )
+        left.bar([e + 0.2 for e in range(count)], one.dead.numpy(), width=0.4, color=INK, label="dead units")
         left.set_ylim(0, 1.35)
         left.set_yticks([0, 0.5, 1])
         left.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         left.set_xlabel("expert", fontsize=8)
         left.legend(fontsize=7, frameon=False, loc="upper left")
         left.set_title(name, **TITLE)
-        image = right.imshow(one.distance, cmap=colormaps[SEQUENTIAL], vmin=0, vmax=1)
+        image = right.imshow(one.distance.numpy(), cmap=colormaps[SEQUENTIAL], vmin=0, vmax=1)
         right.set_title("distance of outputs", **TITLE)
         right.set_xlabel("expert", fontsize=8)
         bar = figure.colorbar(image, ax=right, pad=0.03, aspect=16)

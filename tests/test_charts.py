@@ -56,6 +56,7 @@ def test_nothing_to_draw():
     assert score_chart(Task.binary("y"), torch.zeros(2), torch.full((2,), NAN)) is None
 
 
+@pytest.mark.filterwarnings("error")
 def test_weights_of_gates():
     weight = torch.tensor([[0.25, 0.75], [NAN, NAN]])
     usage = LayerUsage(weight, weight, weight[:, 0], weight, torch.tensor([[0.1, 0.2], [NAN, NAN]]))
@@ -70,6 +71,7 @@ def test_weights_of_gates():
     assert [axes.get_ylabel() for axes in (first, second)] == ["a", "b"]
 
 
+@pytest.mark.filterwarnings("error")
 def test_units_of_experts():
     # expert 0 has a unit that never fires and one that always does, expert 1 two that always do
     outputs = torch.tensor([[[0.0, 1.0], [1.0, 1.0]]]).repeat(3, 1, 1)
