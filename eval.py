@@ -64,6 +64,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     folder, pretrained, options = find_model(argv)
     run = read_run(folder)
     given = parse(folder, run, options)
+    out = Path(given.out or (f"results/{pretrained}.json" if pretrained else folder / "results.json"))
+    for option, path in (("out", out), ("report", given.report)):
+        if path:
+            check_writable(option, Path(path))
 
     import torch  # slow to import, as what follows; a mistyped option need not wait for it
 
@@ -132,7 +136,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "versions": versions(device),
         "date": given.date or datetime.now(UTC).date().isoformat(),
     }
-    out = Path(given.out or (f"results/{pretrained}.json" if pretrained else folder / "results.json"))
     write(out, results)  # before the comparison, which a metric without a value refuses
     if baselines:
         results["baselines"] = compare(results, baselines, tasks)
@@ -227,6 +230,13 @@ def parse(folder: Path, run: Mapping[str, Any], options: Sequence[str]) -> Any:
         if given[name] is not None and given[name] < 1:
             raise ValueError(f"{name}: got {given[name]}, expected at least 1")
     return given
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Refuses a file that cannot be written, before hours are spent on what it is to hold."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{option}: {path} cannot be written; pass --{option}=FILE in a folder where you may write")
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------

@@ -308,6 +308,18 @@ def test_bad_options(script, folder, options, message):
         run(script, folder, *options)
 
 
+@pytest.mark.parametrize("option", ["out", "report"])
+def test_what_cannot_be_written_is_refused_before_scoring(script, folder, tmp_path, monkeypatch, option):
+    monkeypatch.setattr(script, "score", None)
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "r", tmp_path / "file" / "deep" / "r"):
+        with pytest.raises(ValueError, match=f"^{option}: {path} cannot be written; pass --{option}=FILE"):
+            run(script, folder, f"--{option}={path}")
+    monkeypatch.setattr(script.os, "access", lambda path, mode: path != tmp_path)  # as of a read-only folder
+    with pytest.raises(ValueError, match=f"^{option}: .*cannot be written"):
+        run(script, folder, f"--{option}={tmp_path / 'new' / 'r'}")
+
+
 def test_bad_folders(script, tmp_path):
     with pytest.raises(ValueError, match="name a model first"):
         script.main([])
