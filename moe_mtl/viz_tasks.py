@@ -20,6 +20,7 @@ from moe_mtl.tasks import nearest
 from moe_mtl.viz import INK, SEQUENTIAL, TITLE, new_figure
 
 Alike = Literal["cosine", "jensen_shannon"]
+WRITTEN = 16  # tasks up to which every cell of a map holds its number
 
 
 # ---- how alike the routing of tasks is ------------------------------------------------------------------------------
@@ -53,6 +54,8 @@ def similarity_figures(
 ) -> dict[str, Figure]:
     """One heat map of `routing_similarity` over all layers and one per layer, tasks by tasks, all on the scale 0 to 1.
 
+    Of more than `WRITTEN` tasks the cells are small and without numbers.
+
     Args:
         usage: as `ExpertUsage.compute` returns it.
         tasks: names of the rows.
@@ -62,10 +65,11 @@ def similarity_figures(
     cmap = colormaps[SEQUENTIAL].with_extremes(bad=MISSING)
     for name, alike in routing_similarity(usage, by).items():
         count = len(tasks)
-        figure = new_figure(1.4 + 0.42 * count, 1.0 + 0.36 * count)
+        cell = (0.42, 0.36) if count <= WRITTEN else (0.16, 0.16)
+        figure = new_figure(1.4 + cell[0] * count, 1.0 + cell[1] * count)
         axes = figure.subplots()
         image = axes.imshow(np.ma.masked_invalid(alike.numpy()), cmap=cmap, vmin=0.0, vmax=1.0, aspect="auto")
-        for row in range(count):
+        for row in range(count if count <= WRITTEN else 0):
             for column in range(count):
                 value = float(alike[row, column])
                 if not math.isnan(value):

@@ -8,7 +8,7 @@ import torch
 
 from moe_mtl.diagnostics import LayerUsage, task_divergence
 from moe_mtl.sparse import Extraction, LayerExtraction
-from moe_mtl.viz_tasks import kept_figures, routing_similarity, similarity_figures
+from moe_mtl.viz_tasks import WRITTEN, kept_figures, routing_similarity, similarity_figures
 
 SHARES = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]).double()
 
@@ -31,6 +31,15 @@ def test_similarity_by_hand():
     with pytest.raises(ValueError, match=r"^by: unknown 'cosin'; did you mean 'cosine'"):
         routing_similarity(usage(), "cosin")
     assert routing_similarity({}) == {}
+
+
+@pytest.mark.parametrize("tasks", [WRITTEN, WRITTEN + 1, 60])
+def test_maps_of_many_tasks_stay_small(tasks):
+    names = [f"task_{i}" for i in range(tasks)]
+    figure = similarity_figures(usage(torch.eye(tasks).double()), names)["blocks.1"]
+    assert len(figure.axes[0].texts) == (tasks**2 if tasks == WRITTEN else 0)  # writing 60 x 60 numbers takes a minute
+    assert figure.axes[0].images[0].get_array().tolist() == torch.eye(tasks).tolist()
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == names and figure.get_figwidth() < 12
 
 
 def test_a_map_per_layer_with_the_numbers_in_it():
