@@ -2,9 +2,9 @@
 
 Paper: Kendall, Gal and Cipolla 2018, https://arxiv.org/abs/1705.07115 (eq. 7 regression, eq. 10 classification).
 Differs: regression, depth and normals take the Gaussian form L / (2 e^s) + s/2 whatever their loss is, although l1,
-    huber and cosine are not Gaussian likelihoods; classification, multilabel, segmentation and binary maps take the
-    softmax form L / e^s + s/2. `Task.weight` multiplies both terms, which leaves the best s where it was. Tasks absent
-    from a step contribute neither term: under s/2 alone the variance of an absent task would shrink without end.
+    huber and cosine are not Gaussian likelihoods; all other kinds take the softmax form L / e^s + s/2. `Task.weight`
+    multiplies both terms, which leaves the best s where it was. Tasks absent from a step contribute neither term: under
+    s/2 alone the variance of an absent task would shrink without end.
 """
 
 from collections.abc import Mapping, Sequence
