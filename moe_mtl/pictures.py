@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from moe_mtl.activity import Activity
 from moe_mtl.charts import activity_figures, gate_figures, routing_curves, score_chart
 from moe_mtl.diagnostics import LayerUsage
+from moe_mtl.multitask import evaluating
+from moe_mtl.routing import Routing
 from moe_mtl.sparse import Extraction
 from moe_mtl.tasks import Task
 from moe_mtl.viz import expert_map, prediction_grid, top_expert, usage_figures
@@ -85,13 +87,24 @@ def draw(
 def _maps(model: Any, names: Sequence[str], images: torch.Tensor) -> dict[str, Figure]:
     """The first expert of every patch in the last layer, where the tasks have parted the most."""
     ids, size = {task.name: i for i, task in enumerate(model.tasks)}, (images.shape[-2], images.shape[-1])
-    with torch.no_grad():
+    with evaluating(model):
         _, routings = model(images.to(next(model.parameters()).device), tasks=names, return_routing=True)
+    layers: dict[
+        str, dict[str, tuple[Routing, int]]
+    ] = {}  # per layer what to show: a routing and the id of a task in it
+    for key, routing in routings.items():
+        owner, _, layer = key.rpartition("/")
+        if owner in ids:  # of independent models, each of one task
+            layers.setdefault(layer, {})[owner] = routing, 0
+        elif routing.task is None:
+            layers[key] = {"all tasks": (routing, 0)}
+        else:
+            layers[key] = {name: (routing, ids[name]) for name in names}
     maps = {}
-    for layer, routing in list(routings.items())[-1:]:
-        shown = {"all tasks": 0} if routing.task is None else {name: ids[name] for name in names}
+    for layer, shown in list(layers.items())[-1:]:
         for start in range(0, len(shown), 3):
             group = list(shown)[start : start + 3]
-            top = {name: top_expert(routing, shown[name], len(images), size).cpu() for name in group}
-            maps[f"{layer}: {', '.join(group)}"] = expert_map(images, top, routing.num_experts)
+            top = {name: top_expert(*shown[name], len(images), size).cpu() for name in group}
+            experts = shown[group[0]][0].num_experts
+            maps[f"{layer}: {', '.join(group)}"] = expert_map(images, top, experts)
     return maps

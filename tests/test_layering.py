@@ -88,7 +88,9 @@ ALLOWED = {
     "results": {"cost", "diagnostics", "hub", "pretrained", "scoring", "sparse", "tasks"},
     "card": {"card_page", "cost", "gates", "results", "trainer_config"},
     "page": set(),
-    "pictures": {"activity", "charts", "diagnostics", "sparse", "tasks", "viz", "viz_tasks"},
+    "pictures": {
+        *("activity", "charts", "diagnostics", "multitask", "routing", "sparse", "tasks", "viz", "viz_tasks"),
+    },
     "report": {"cost", "hub", "page", "pictures", "results"},
     "batches": {"trainer_config"},
     "validation": {"diagnostics", "multitask", "scoring", "tasks"},
