@@ -247,7 +247,8 @@ for the learning rate of the single-task models, {get_recipe(SINGLE).trainer.lr:
 of the split "{data["split"]}", on which nothing was chosen. delta_task is the mean over tasks of the mean relative gain
 of a task's metrics, in percent; higher is better. Training time is updates times seconds per update, measured side by
 side without data loading on {cost["threads"]} thread(s), as a multiple of that of m3vit_micro. "Long" is as many
-updates as the shared bottom makes in that time. Made with moe_mtl {versions["moe_mtl"]}, torch {versions["torch"]}.
+updates as the shared bottom makes in that time. Of several seeds, a mean and ± its standard error; gains are those of
+every seed over the baseline's mean. Made with moe_mtl {versions["moe_mtl"]}, torch {versions["torch"]}.
 
 ## Quality and cost
 

@@ -85,7 +85,7 @@ def test_gains_and_their_spread_are_those_of_the_records(results, tmp_path):
     text = (tmp_path / "docs" / "controls.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith(f"| {table.LABELS[table.REFERENCE]}")]
     # depth +10 % and +30 %, scene +10 %: delta_task 10 and 20
-    assert "| +15.0 ± 5.0 | 0 ± 0 |" in lines[0]
+    assert "| +15.0 ± 5.0 | 0 ± 0 |" in lines[0] and "± its standard error" in text
     shared = [line for line in text.splitlines() if line.startswith(f"| {table.LABELS[table.SHARED]}")]
     assert "| 10 | 0.25 | 2.00 | 9 | 3 | -12.5 | 1 | +0.0 | 1 |" in shared[0]
     assert "| 30 | 0.75 | 2.00 | 9 | 3 | +10.0 | 0 | +0.0 | 1 |" in shared[1]
