@@ -16,7 +16,7 @@ The JSON (--out, by default results.json in the model folder; results/NAME.json 
     weights        file, bytes, sha256, dtype in the file; scores are in float32 whatever that is
     data           name, spec, split, samples, labels: {task: digest of the labels scored}, of tasks that are not dense
     tasks          as `Task.to_dict` writes them
-    metrics        {task: {metric: value}}; null where the split has no label
+    metrics        {task: {metric: value}}; null where the labels of the split define none
     metric_info    {task: {metric: {unit, higher_is_better}}}
     baselines      [{label, model, parameters, data, metrics, gain}] of each --baseline, in their order; gain is
                    `moe_mtl.scoring.multi_task_gain` against it

@@ -111,7 +111,7 @@ class TaskMetrics:
         return {"groups": groups.to(self.device)}
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """The values over all batches since the last reset, {task: {metric: value}}; NaN where there was no label."""
+        """The values over all batches since the last reset, {task: {metric: value}}; NaN where labels define none."""
         values = {}
         with warnings.catch_warnings():
             # a task nobody labelled, perhaps on this process only, is a documented NaN and no mistake

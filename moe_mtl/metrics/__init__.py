@@ -3,7 +3,8 @@
 Every metric is a `torchmetrics.Metric` whose states are sums, or the scores themselves where the order of all matters
 (`ranking.py`), so that a set scored in batches, or on several processes, gives the number of the set scored at once,
 never an average of batch averages. `update` takes the prediction and target of `moe_mtl.tasks` and a bool mask of the
-entries that carry a label; what the mask leaves out counts nowhere. Without any label the value is NaN.
+entries that carry a label; what the mask leaves out counts nowhere. Without any label the value is NaN, and so it is
+where the labels leave it undefined: a ranking of one class, the F1 of what is neither labelled nor predicted.
 
 Importing this package costs seconds (torchmetrics pulls transformers), so nothing light imports it.
 """
