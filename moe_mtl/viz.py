@@ -271,9 +271,9 @@ def to_rgb(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).numpy()
 
 
-def plain(text: str) -> str:
+def plain(text: object) -> str:
     """A text that matplotlib draws as it stands: what is between two dollar signs it takes for a formula."""
-    return text.replace("$", r"\$")
+    return str(text).replace("$", r"\$")
 
 
 def new_figure(width: float, height: float) -> Figure:

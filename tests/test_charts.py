@@ -51,6 +51,11 @@ def test_confusion_of_classes():
     assert shown[:2].tolist() == [[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]] and shown.mask[2].all()
 
 
+def test_classes_may_be_numbers():
+    figure = score_chart(Task.classification("y", 2, classes=[3, 5]), torch.eye(2), torch.tensor([0, 1]))
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["3", "5"]
+
+
 def test_nothing_to_draw():
     assert score_chart(Task.multilabel("y", 3), torch.zeros(2, 3), torch.zeros(2, 3)) is None
     assert score_chart(Task.binary("y"), torch.zeros(2), torch.full((2,), NAN)) is None
