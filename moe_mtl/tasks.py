@@ -18,7 +18,7 @@ A sample that lacks a label altogether simply has no entry (or None) under the t
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -52,6 +52,27 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
     return f"{hint}known: {', '.join(known) or 'none'}"
+
+
+_TYPES: dict[str, tuple[Any, str]] = {  # fields of a task, and what an error asks for
+    "name": (str, "a text"),
+    "channels": (int, "the number of its outputs, a whole number"),
+    "loss_args": (Mapping, "arguments by name"),
+    "metrics": (Mapping, "names with their arguments, such as {'rmse': {}}"),
+    "weight": (int | float, "a number"),
+    "mean": (int | float, "a number"),
+    "std": (int | float, "a number"),
+    "ignore_index": (int, "a whole number"),
+    "classes": (list, "a sequence of names"),
+}
+
+
+def _plain(value: Any) -> Any:
+    """The same data as JSON has it: Python's numbers in the place of numpy's and torch's, lists in that of arrays."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return list(map(_plain, value)) if isinstance(value, Collection) and not isinstance(value, str) else value
 
 
 def is_taken(name: str) -> bool:
@@ -91,6 +112,14 @@ class Task:
     classes: Sequence[str] = ()
 
     def __post_init__(self):
+        for name, (types, what) in _TYPES.items():
+            value = _plain(getattr(self, name))
+            if not isinstance(value, types) or isinstance(value, bool):
+                raise ValueError(f"{name}: task {self.name!r} got {value!r}, expected {what}")
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "classes", tuple(self.classes))
+        if odd := [name for name, args in self.metrics.items() if not isinstance(args, Mapping)]:
+            raise ValueError(f"metrics: task {self.name!r} got no arguments of {', '.join(odd)}; {{}} stands for none")
         if not self.name or not self.name.isidentifier():
             raise ValueError(f"name: {self.name!r} is not usable as a key; use letters, digits and underscores")
         if is_taken(self.name):
@@ -121,7 +150,6 @@ class Task:
                 raise ValueError(f"loss_args: {self.loss!r} has no option {option!r}; {nearest(option, known)}")
         if self.classes and len(self.classes) != self.channels:
             raise ValueError(f"classes: {len(self.classes)} names for {self.channels} channels of task {self.name!r}")
-        object.__setattr__(self, "classes", tuple(self.classes))  # a list would not equal what from_dict reads
 
     @classmethod
     def classification(cls, name: str, num_classes: int, **overrides: Any) -> "Task":

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -232,6 +233,14 @@ def test_good_and_missing_labels_pass(task):
         ({"loss": "cross_entrpy"}, "did you mean 'cross_entropy'"),
         ({"channels": 0}, "at least 1"),
         ({"classes": ("a", "b")}, "2 names for 3 channels"),
+        ({"name": 3}, "name: task 3 got 3, expected a text"),
+        ({"channels": 3.0}, "channels: task 'scene' got 3.0, expected .* whole number"),
+        ({"channels": ["a", "b"]}, r"channels: task 'scene' got \['a', 'b'\]"),
+        ({"weight": "1"}, "weight: task 'scene' got '1', expected a number"),
+        ({"metrics": ["accuracy"]}, r"metrics: task 'scene' got \['accuracy'\], expected names with their arguments"),
+        ({"metrics": {"accuracy": None}}, "metrics: task 'scene' got no arguments of accuracy; {} stands for none"),
+        ({"loss_args": None}, "loss_args: task 'scene' got None"),
+        ({"classes": "abc"}, "classes: task 'scene' got 'abc', expected a sequence"),
         ({"weight": -1.0}, "weight: task 'scene' has -1.0"),
         ({"weight": NAN}, "weight: task 'scene' has nan"),
         ({"kind": "regression", "loss": "mse", "mean": NAN}, "mean, std: .* nan and 1.0"),
@@ -275,6 +284,21 @@ def test_a_task_survives_json(task):
     assert again == task
     prediction, target = make_batch(task)
     assert torch.equal(again.compute_loss(prediction, target), task.compute_loss(prediction, target))
+
+
+def test_numbers_of_numpy_and_torch_are_saved_like_pythons():
+    labels = np.array([0, 2, 1])
+    task = Task.classification("scene", labels.max() + 1, classes=np.array(["a", "b", "c"]), weight=np.float32(0.5))
+    assert task == Task.classification("scene", 3, classes=["a", "b", "c"], weight=0.5)
+    assert Task.classification("scene", torch.tensor(labels).max() + 1, ignore_index=np.int64(9)).channels == 3
+    prices = np.array([1.5, 2.5], dtype=np.float32)
+    value = Task.regression("price", mean=prices.mean(), std=torch.tensor(0.5))
+    assert value == Task.regression("price", mean=2.0, std=0.5)
+    edges = Task.binary_map(
+        "edges", loss_args={"pos_weight": np.float32(3)}, metrics={"max_f": {"beta2": np.float64(1)}}
+    )
+    for one in (task, value, edges):
+        assert Task.from_dict(json.loads(json.dumps(one.to_dict()))) == one
 
 
 def test_constructors_take_overrides():
