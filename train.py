@@ -69,7 +69,8 @@ def train(name: str, model_config: ModelConfig, data: Any, config: TrainerConfig
 
     run = {"recipe": name, "model": asdict(model_config), "data": asdict(data)}
     trainer = Trainer(model, data, config, run)
-    if model_config.start and latest(Path(config.out) / "checkpoints") is None:
+    fresh = config.overwrite or latest(Path(config.out) / "checkpoints") is None  # as `fit` will find it
+    if model_config.start and fresh:
         try:
             start = read(Path(model_config.start))
         except ValueError as error:

@@ -224,6 +224,11 @@ def test_experts_start_from_a_dense_run(train, tmp_path, monkeypatch, capsys):
     (balancer,) = (json.loads(line)["factor"] for line in Path("run/metrics.jsonl").read_text().splitlines()[:1])
     learned = json.loads(Path("dense/metrics.jsonl").read_text().splitlines()[0])["factor"]
     assert balancer == pytest.approx(learned, rel=1e-5) and any(abs(f - 0.5) > 1e-4 for f in learned.values())
+    # one that is thrown away starts from the other again
+    assert train.main([*upcycled, "--trainer.steps=1", "--trainer.out=run", "--trainer.overwrite=true"]) == 0
+    assert "starts from the 2 steps of dense" in capsys.readouterr().out
+    again = moe_mtl.load("run").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in after.state_dict().items())
     # a resumed run goes on from its own checkpoint and needs the other no more
     shutil.rmtree("dense")
     assert train.main([*upcycled, "--trainer.steps=2", "--trainer.out=run"]) == 0, capsys.readouterr().err
