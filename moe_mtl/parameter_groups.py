@@ -35,6 +35,8 @@ def parameter_groups(model: nn.Module, config: TrainerConfig) -> list[dict[str, 
         ValueError: a pattern of `lr_scales` that no parameter's name matches, a factor below 0, or nothing to train.
     """
     decayed, parameters = decays(model), dict(model.named_parameters())
+    if not decayed:
+        raise ValueError("model: none of its parameters requires a gradient; nothing is left to train")
     for pattern, factor in config.lr_scales.items():
         if not factor >= 0:
             raise ValueError(f"lr_scales: got {factor} for {pattern!r}, expected at least 0, which freezes")

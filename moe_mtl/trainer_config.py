@@ -1,9 +1,10 @@
 """TrainerConfig: every dial of training, and the learning rate they add up to. Light to import."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
-from typing import Any, Literal
+from numbers import Integral
+from typing import Any, Literal, get_args, get_origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class TrainerConfig:
         overwrite: throw away what an earlier run left in `out`.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value out of range, a word that is none of those known, or no whole number where one is needed.
     """
 
     steps: int
@@ -104,6 +105,13 @@ class TrainerConfig:
     overwrite: bool = False
 
     def __post_init__(self):
+        for known in fields(self):
+            value, kinds = getattr(self, known.name), get_args(known.type)
+            if get_origin(known.type) is Literal and value not in kinds:
+                raise ValueError(f"{known.name}: got {value!r}, expected {' or '.join(map(repr, kinds))}")
+            whole = known.type is int or (int in kinds and value is not None)
+            if whole and (not isinstance(value, Integral) or isinstance(value, bool)):
+                raise ValueError(f"{known.name}: got {value!r}, expected a whole number")
         least = dict.fromkeys(("steps", "batch_size", "accumulate", "save_every", "keep", "log_every"), 1)
         least |= dict.fromkeys(("warmup", "weight_decay", "grad_clip", "seed", "num_workers"), 0)
         least |= dict.fromkeys(("eval_every", "inner_lr"), 0)
@@ -111,6 +119,8 @@ class TrainerConfig:
         for name, smallest in least.items():
             if not getattr(self, name) >= smallest:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {smallest}")
+        if self.seed >= 2**32:  # what numpy's generator takes
+            raise ValueError(f"seed: got {self.seed}, expected below 2**32")
         if not self.lr > 0 or not 0 <= self.lr_final <= 1:
             raise ValueError(f"lr, lr_final: got {self.lr}, {self.lr_final}; expected lr > 0 and lr_final from 0 to 1")
         if self.patience is not None and not self.eval_every:

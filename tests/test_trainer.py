@@ -509,6 +509,12 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path)
     "change, message",
     [
         ({"steps": 0}, "steps: got 0, expected at least 1"),
+        ({"steps": 10.5}, "steps: got 10.5, expected a whole number"),  # would never be the last
+        ({"val_limit": "8"}, "val_limit: got '8', expected a whole number"),
+        ({"precision": "fp16"}, "precision: got 'fp16', expected 'auto' or 'fp32' or 'bf16'"),
+        ({"device": "cuda:1"}, "device: got 'cuda:1', expected 'auto' or 'cpu'"),
+        ({"batches": "mixd"}, "batches: got 'mixd', expected 'shuffled' or"),
+        ({"seed": 2**32}, "seed: got 4294967296, expected below"),
         ({"lr": 0.0}, "expected lr > 0"),
         ({"tasks_per_step": 0}, "tasks_per_step: got 0"),
         ({"accumulate": 9}, "9 parts of a batch of 6"),
@@ -521,6 +527,12 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path)
 def test_bad_settings_are_refused_at_once(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         toy_trainer(tmp_path, **change)
+
+
+@pytest.mark.parametrize("scales", [{}, {"heads.*": 0.5}])
+def test_a_model_of_which_nothing_learns_is_refused(tmp_path, scales):
+    with pytest.raises(ValueError, match="model: none of its parameters requires a gradient"):
+        toy_trainer(tmp_path, ToyModel().requires_grad_(False), lr_scales=scales)
 
 
 def test_a_model_without_a_name_is_trained_and_said_not_to_be_saved(tmp_path, capsys):
