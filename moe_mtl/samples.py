@@ -82,13 +82,24 @@ def read_samples(model: Any, data: Any, argument: str) -> Any:
     Raises:
         ValueError: there are none, or they are no samples; the message is about the argument of that name.
     """
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or isinstance(data, str | Mapping):
-        raise ValueError(
-            f"{argument}: got a {type(data).__name__}, expected samples: a list of dicts, a map-style data set"
-        )
-    if not len(data):
+    sized = hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, str | Mapping)
+    if sized and not len(data):
         raise ValueError(f"{argument}: got no samples")
-    return TextRows(data, model) if model.input == "text" and not hasattr(data, "__getitems__") else data
+    try:
+        first = data[0] if sized else None
+    except (LookupError, TypeError):  # a data frame's keys are its columns
+        first = None
+    if not isinstance(first, Mapping):
+        of = "" if first is None else f" of {type(first).__name__}"
+        raise ValueError(
+            f"{argument}: got a {type(data).__name__}{of}, expected samples: a list of dicts, a map-style data set"
+        )
+    return TextRows(data, model) if model.input == "text" and not _pads(data) else data
+
+
+def _pads(data: Any) -> bool:
+    """Whether several samples come as a padded batch, as of `moe_mtl.data.TextSplit`, not as a list of dicts."""
+    return hasattr(data, "__getitems__") and isinstance(data.__getitems__([0]), Mapping)
 
 
 def labelled_tasks(model: Any, samples: Any, tasks: Sequence[str] | str | None) -> list[str]:
