@@ -7,7 +7,7 @@ what the system keeps of the file in its page cache is not the process's, and go
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -94,20 +94,31 @@ class FileBank(ExpertBank):
             ValueError: as there; gradients are asked for, which would be those of weights that are gone by then; or
                 the call is traced, and would be done again without reading.
         """
+        self._check_use(x)
+        self._check(x, routing)
+        every = range(self.num_experts)
+        self._read(every if routing.indices is None else self._slots(routing).unique().tolist())
+        return super().forward(x, routing, backend=backend)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """Reads the only expert, then runs it; as `ExpertBank.alone`, refusing as `forward` does."""
+        self._check_use(x)
+        self._read([0])
+        return super().alone(x)
+
+    def _check_use(self, x: Tensor) -> None:
+        """Refuses calls that would use the weights later on."""
         if x.requires_grad and torch.is_grad_enabled():
             self._refuse("trained")
         if torch.compiler.is_compiling():
             self._refuse("exported")
-        self._check(x, routing)
-        self._read(routing)
-        return super().forward(x, routing, backend=backend)
 
-    def _read(self, routing: Routing) -> None:
-        """Fetches the experts of a routing that are not in the window."""
+    def _read(self, ids: Iterable[int]) -> None:
+        """Fetches the experts of these ids that are not in the window; those of unused slots are left out."""
         window, every = self.window, range(self.num_experts)
         if window.owner is not self:
             window.owner, window.held = self, set()
-        for e in every if routing.indices is None else self._slots(routing).unique().tolist():
+        for e in ids:
             if e in every and e not in window.held:
                 for name, part in self._parts.items():
                     self.file.read(self.prefix + name, part[e], e)

@@ -13,10 +13,12 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_mtl.kernels import ops
 from moe_mtl.kernels.dispatch import check_name
+from moe_mtl.kernels.reference import ACTIVATIONS
 from moe_mtl.routing import Routing
 
 MODES = ("copy", "view", "table")
@@ -125,6 +127,16 @@ class ExpertBank(nn.Module):
         x, gates = x.masked_fill(unused, 0), routing.weights.masked_fill(unused, 0)
         y = ops.dense_mlp(x, *self._weights(), gates, activation=self.activation, glu=self.glu)
         return y.masked_fill(unused, 0)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """The outputs [m, o] of tokens [m, d] from a bank of one expert, which is a dense MLP."""
+        w1, b1, w2, b2 = (None if p is None else p[0] for p in self._weights())
+        assert w1 is not None and w2 is not None
+        z, act = F.linear(x, w1, b1), ACTIVATIONS[self.activation]
+        if not self.glu:
+            return F.linear(act(z), w2, b2)
+        first, second = z.chunk(2, dim=-1)
+        return F.linear(act(first) * second, w2, b2)
 
     def _check(self, x: Tensor, routing: Routing) -> None:
         """Refuses a routing of other tokens or experts.

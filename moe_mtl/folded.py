@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_mtl.experts import ExpertBank
 from moe_mtl.gates._constant import constant_of
-from moe_mtl.kernels.reference import ACTIVATIONS
 from moe_mtl.layers import ContextMoE, MoE
 from moe_mtl.levels import Level
 from moe_mtl.routing import Routing, TaskIds
@@ -48,17 +46,8 @@ class FoldedMoE(MoE):
     ) -> tuple[Tensor, Routing]:
         """Outputs [m, d_out] of tokens [m, d], and the routing there was; see `MoE.forward`."""
         unused = None if valid is None else ~valid.unsqueeze(1)
-        y = self._mlp(x if unused is None else x.masked_fill(unused, 0))
+        y = self.experts.alone(x if unused is None else x.masked_fill(unused, 0))
         return y if unused is None else y.masked_fill(unused, 0), self.gate(x, task, valid)
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        w1, b1, w2, b2 = (None if p is None else p[0] for p in self.experts._weights())
-        assert w1 is not None and w2 is not None
-        z, act = F.linear(x, w1, b1), ACTIVATIONS[self.experts.activation]
-        if self.experts.glu:
-            first, second = z.chunk(2, dim=-1)
-            return F.linear(act(first) * second, w2, b2)
-        return F.linear(act(z), w2, b2)
 
     def needed(self, tasks: Sequence[int] | None = None) -> list[int]:
         """Ids, ascending, of the experts the MLP was made of."""
@@ -89,7 +78,7 @@ def fold(bank: ExpertBank, weights: Tensor) -> ExpertBank:
     how: dict[str, Any] = {"out_dim": bank.out_dim, "activation": bank.activation, "glu": bank.glu}
     with torch.device(w1.device), torch.random.fork_rng(devices=[]):
         one = ExpertBank(1, bank.dim, wide, bias=b1 is not None, **how).to(w1.dtype)
-    share = weights.double()
+    share = weights.to(w2.device).double()  # of shapes alone where the weights stay in a file
     one.w1[0] = rows
     one.w2[0] = (w2.double() * share[:, None, None]).transpose(0, 1).flatten(1).to(w2.dtype)
     if b1 is not None and b2 is not None and one.b1 is not None and one.b2 is not None:

@@ -73,6 +73,29 @@ def test_a_pruned_model_and_one_of_texts(tmp_path):
     assert same(text, bounded, x) and same(text, bounded, x, ["slots"]) and len(banks(bounded)) == 1
 
 
+@pytest.mark.parametrize("gate", ["assigned", "task_level", "dselect_k"])
+def test_an_extracted_model_whose_experts_are_one_mlp(tmp_path, gate):
+    small = moe_mtl.extract(model(gate=gate), "depth")
+    assert len(small.config["folded"]) == 2
+    hub.save(small, tmp_path)
+    bounded = load_bounded(tmp_path)
+    assert len(banks(bounded)) == 2 and same(small, bounded, X) and same(small, bounded, X[:1])
+    with pytest.raises(ValueError, match=r"its experts stay in .* and cannot be trained"):
+        bounded(X)
+    with pytest.raises(ValueError, match=r"its experts stay in .* and cannot be exported"):
+        torch.export.export(bounded.requires_grad_(False), (X,))
+
+
+def test_private_sublayers_of_one_text_task(tmp_path):
+    tasks = [Task.classification("intent", 3), Task.classification("topic", 4)]
+    text = create_model("text_sublayers", tasks=tasks, encoder=str(save_encoder(tmp_path / "encoder"))).eval()
+    small = moe_mtl.extract(text, "topic")
+    hub.save(small, tmp_path / "small")
+    x = {"input_ids": torch.randint(1, 20, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.int64)}
+    x["attention_mask"][1, 5:] = 0
+    assert same(small, load_bounded(tmp_path / "small"), x)
+
+
 def test_models_without_banks_are_loaded_like_any(tmp_path):
     dense = create_model("shared_bottom_micro", tasks=TASKS, depth=1, dim=32).eval()
     hub.save(dense, tmp_path)
