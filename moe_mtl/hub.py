@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_mtl import __version__, sparse
+from moe_mtl.experts import shapes_only
 from moe_mtl.folded import fold_layers
 from moe_mtl.folder_card import folder_card, is_own
 from moe_mtl.locate import CARD, HUB_ID, find
@@ -50,8 +51,9 @@ def save(
         tokenizer: of transformers, of a model of texts; written beside it, where `moe_mtl.Predictor` finds it.
 
     Raises:
-        ValueError: the model was not made by `create_model`, so its architecture cannot be named; a weight is too large
-            for the dtype; or a tokenizer that is none, or of a model that reads no texts.
+        ValueError: the model was not made by `create_model`, so its architecture cannot be named, or was changed by
+            hand, so that `load` would refuse its weights; a weight is too large for the dtype; or a tokenizer that is
+            none, or of a model that reads no texts.
         OSError: the folder cannot be written to, or the disk is full; what it held is unchanged.
     """
     if dtype is not None and dtype not in HALF:
@@ -77,9 +79,11 @@ def save(
         config["dtype"] = HALF[dtype]
         weights = {name: _in_half(name, tensor, dtype) for name, tensor in weights.items()}
     text = json.dumps(config, indent=2)  # before anything is written: a config that is not JSON fails here
+    _check_built(weights, json.loads(text), folder / WEIGHTS)
     with replacing(folder) as new:
         save_file(weights, new / WEIGHTS, metadata={"format": "pt", CONFIG: text})
         (new / CONFIG).write_text(text + "\n")
+        shutil.copymode(new / CONFIG, new / WEIGHTS)  # safetensors lets nobody but the owner read
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         card = folder / CARD
@@ -226,7 +230,7 @@ def build(config: Mapping[str, Any], where: Path) -> nn.Module:
             model.extraction = kind.from_dict(config["extraction"])
         if "folded" in config:  # a task's own: gates that decided nothing are part of the weights
             fold_layers(model, config["folded"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         written = config.get("moe_mtl", "another version")
         by = "" if written == __version__ else f"; it was written by moe_mtl {written}, this is {__version__}"
         raise ValueError(f"folder: {where} holds no model configuration ({error!r}){by}") from error
@@ -250,8 +254,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Path]:
         raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
     where = path if text is not None else folder / CONFIG
     try:
-        config = json.loads(where.read_text() if text is None else text)
-    except ValueError as error:
+        config = json.loads(where.read_text(encoding="utf-8") if text is None else text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"folder: {where} holds no model configuration ({error!r})") from error
     if not isinstance(config, dict):
         raise ValueError(f"folder: {where} holds no model configuration, but a {type(config).__name__}")
@@ -272,6 +276,23 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
     check_shapes({name: t.shape for name, t in found.items()}, {name: t.shape for name, t in state.items()}, path)
     model.load_state_dict(found)
+
+
+def _check_built(weights: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> None:
+    """Refuses weights that are not those of the model `load` will build. All random generators stay as they are.
+
+    Raises:
+        ValueError: names or shapes differ; the differences are listed.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), shapes_only():
+            expected = build(config, path).state_dict()
+        check_shapes({n: t.shape for n, t in weights.items()}, {n: t.shape for n, t in expected.items()}, path)
+    except ValueError as error:
+        raise ValueError(
+            f"model: was changed since it was made, and `load` would not take it: {error}. Modules must be those that "
+            "create_model makes; of a compiled or wrapped one save what is inside"
+        ) from error
 
 
 def check_shapes(

@@ -92,13 +92,11 @@ def test_half_precision_takes_half_the_bytes_and_loads_as_float32(tmp_path, dtyp
 
 
 def test_half_precision_leaves_integers_alone_and_refuses_what_overflows(tmp_path):
-    m, big = model(), 2**20 + 1  # neither half type can hold it
-    m.register_buffer("steps", torch.tensor([big]))
+    m, big = model(), torch.tensor([2**20 + 1])  # neither half type can hold it
+    assert hub._in_half("steps", big, torch.float16) is big
     weight = next(m.heads["scene"].parameters())
     weight.data.flatten()[0] = float("inf")  # was infinite already: not lost by storing
     hub.save(m, tmp_path / "m", dtype=torch.float16)
-    tensors = load_file(tmp_path / "m" / "model.safetensors")
-    assert tensors["steps"].dtype == torch.int64 and tensors["steps"].item() == big
     weight.data.flatten()[1] = 70_000.0
     with pytest.raises(
         ValueError, match=r"dtype: 1 values of heads\.scene\..*do not fit torch\.float16 \(up to 7e\+04"
@@ -162,6 +160,7 @@ def test_broken_config_is_refused(tmp_path):
         path.read_text()[:20],
         "[]",
         "5",
+        "[" * 100_000,
         *(json.dumps({**whole, "args": a}) for a in ([], {"k": 2, "kk": 3})),
     ):
         path.write_text(broken)
@@ -270,6 +269,54 @@ def test_model_that_cannot_be_named(tmp_path):
     with pytest.raises(ValueError, match="only models of create_model and moefy"):
         hub.save(torch.nn.Linear(2, 2), tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def compiled_inside(m):
+    m.backbone.blocks[0] = torch.compile(m.backbone.blocks[0], backend="eager")
+
+
+def another_head(m):
+    m.heads["scene"] = torch.nn.Linear(16, 3)
+
+
+def normed_weight(m):
+    torch.nn.utils.parametrizations.weight_norm(m.heads["scene"].hidden)
+
+
+@pytest.mark.parametrize("change", [compiled_inside, another_head, normed_weight])
+def test_a_model_that_would_not_load_is_not_saved(tmp_path, change):
+    kept = hub.save(model(), tmp_path / "m")
+    before, m = snapshot(kept), model(seed=9)
+    change(m)
+    with pytest.raises(ValueError, match=r"model: was changed since it was made, and `load` would not take it: .*miss"):
+        hub.save(m, kept)
+    assert snapshot(kept) == before
+
+
+def test_saving_draws_no_random_numbers(tmp_path):
+    m, before = model(), torch.get_rng_state()
+    hub.save(m, tmp_path / "m")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_all_files_of_a_folder_can_be_read_by_the_same_people(tmp_path):
+    folder = hub.save(model(), tmp_path / "m")
+    (tmp_path / "plain").write_text("")
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
+@pytest.mark.parametrize("change", [
+    {"name": None}, {"kept_experts": [1]}, {"extraction": {"layers": 3}}, {"args": {"patch_size": 0}},
+    {"args": {"patch_size": []}}, {"args": {"dim": -1}}, {"args": {"image_size": [16]}},
+])  # fmt: skip
+def test_a_configuration_that_builds_nothing_is_refused_by_name(tmp_path, change):
+    config = json.loads((hub.save(model(), tmp_path) / "config.json").read_text())
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")  # config.json decides
+    nested = {key: {**config[key], **value} if key == "args" else value for key, value in change.items()}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **nested}))
+    with pytest.raises(ValueError, match=r"config\.json holds no model configuration"):
+        hub.load(tmp_path)
 
 
 def test_a_folder_of_transformers_is_told_apart(tmp_path):
