@@ -43,7 +43,8 @@ def read_splits(model: Any, data: Any, *names: str) -> list[Any]:
 
 def columns_of(model: Any) -> tuple[Column, ...] | None:
     """The columns a model of tables was made with; None of other models."""
-    columns = getattr(model, "config", {}).get("args", {}).get("columns")
+    config = getattr(model, "config", None)  # that of a model of one's own may be anything
+    columns = config.get("args", {}).get("columns") if isinstance(config, Mapping) else None
     return None if columns is None else read_columns(columns)
 
 

@@ -10,7 +10,8 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FORMAT = "moe_mtl.checkpoint.1"
 STATE = frozenset({"optimizer", "balancer", "task_sampler", "random", "seconds", "window"})  # what state.pt holds
@@ -42,28 +48,64 @@ class Checkpoint:
     run: Mapping[str, Any]
 
 
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Keeps other processes from training into a folder, which is made when missing.
+
+    The system lets go of it when this process ends, however it ends. Where it has no locks, nothing is kept.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loading processes
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(
+                f"out: another process is training into {out}; wait until it ends, or name another"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def write(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Writes `folder/step_<n>` and drops all but the newest `keep` checkpoints.
 
     The files are written and flushed to disk under another name first and moved into place in one operation, so that a
     kill at any moment leaves the checkpoints that were there before.
+
+    Raises:
+        OSError: it could not be written, or not all of it; the checkpoints that were there stay.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".unfinished_*"):
-        shutil.rmtree(leftover)
     final = folder / f"step_{checkpoint.step:08d}"
     partial = folder / f".unfinished_{final.name}"
-    partial.mkdir()
     # copies, because safetensors refuses tensors that share memory
     weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in checkpoint.model.items()}
-    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-    torch.save(dict(checkpoint.state), partial / "state.pt")
     facts = {"format": FORMAT, "step": checkpoint.step, "run": checkpoint.run}
-    (partial / "run.json").write_text(json.dumps(facts, indent=1, default=str))
-    for path in (*partial.iterdir(), partial):
-        flush_to_disk(path)
-    os.replace(partial, final)
-    flush_to_disk(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".unfinished_*"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
+        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        torch.save(dict(checkpoint.state), partial / "state.pt")
+        (partial / "run.json").write_text(json.dumps(facts, indent=1, default=str))
+        shutil.copymode(partial / "run.json", partial / "model.safetensors")  # which only its owner could read
+        for path in (*partial.iterdir(), partial):
+            flush_to_disk(path)
+        os.replace(partial, final)
+        flush_to_disk(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk as their own
+        shutil.rmtree(partial, ignore_errors=True)
+        message = (
+            f"out: could not write the checkpoint {final} ({error}); those before it stay. Free space: the run goes on "
+            "from the last of them when it is started again"
+        )
+        code = getattr(error, "errno", None)
+        raise (OSError(message) if code is None else OSError(code, message)) from error
     for _, old in _numbered(folder)[:-keep]:
         doomed = folder / f".unfinished_{old.name}"  # a kill while deleting must not leave half a checkpoint
         os.replace(old, doomed)

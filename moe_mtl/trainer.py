@@ -106,10 +106,7 @@ class Trainer:
         self.out = None if config.out is None else Path(config.out)
 
         # mixed_precision is a setting of the process in accelerate; ours belongs to the run
-        self.accelerator = Accelerator(
-            cpu=config.device == "cpu",
-            mixed_precision="no",
-        )
+        self.accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision="no")
         if self.accelerator.num_processes > 1:
             raise ValueError(
                 f"num_processes: got {self.accelerator.num_processes}, but every process would train on the same "
@@ -149,8 +146,14 @@ class Trainer:
 
         Raises:
             TrainingDiverged: a loss or the gradient is not finite. Checkpoints stay.
-            ValueError: `out` holds a finished or different run, or a checkpoint that does not fit.
+            ValueError: `out` holds a finished or different run, or a checkpoint that does not fit; or another process
+                is training into it.
+            OSError: a checkpoint could not be written, on a full disk, say. Those before it stay.
         """
+        with nullcontext() if self.out is None else checkpoints.held(self.out):
+            return self._fit(on_step)
+
+    def _fit(self, on_step: Callable[[int, Scalars], None] | None) -> nn.Module:
         config = self.config
         train = self.data.split("train")
         val = self.data.split("val") if config.eval_every else None
@@ -189,12 +192,12 @@ class Trainer:
         return self.model.eval()
 
     def _save_model(self, out: Path) -> None:
-        if not hasattr(self.model, "config"):
-            print(f"{out} gets no model folder: only models of create_model can be saved by name")
-            return
         named = getattr(self.data, "tokenizer", None) if self.input == "text" else None
         with nullcontext() if self.early is None else self.early.restored():
-            hub.save(self.model, out, tokenizer=None if named is None else load_tokenizer(named))
+            try:
+                hub.save(self.model, out, tokenizer=None if named is None else load_tokenizer(named))
+            except ValueError as error:  # the run is worth its last checkpoint all the same
+                print(f"{out} gets no model folder: {error}")
 
     def _update(self, batch: Batch) -> Scalars:
         """One optimizer update. Returns the loss of each task that had a label."""

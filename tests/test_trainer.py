@@ -2,12 +2,17 @@
 
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -20,6 +25,7 @@ from moe_mtl.routing import Routing
 from moe_mtl.tasks import Task
 from moe_mtl.trainer import Trainer, TrainerConfig, TrainingDiverged, lr_factor
 
+ROOT = Path(__file__).resolve().parents[1]
 TASKS = (Task.segmentation("semseg", 3), Task.depth("depth"), Task.classification("scene", 2))
 
 
@@ -605,3 +611,69 @@ def test_factors_of_the_learning_rate_and_what_they_refuse():
     ):
         with pytest.raises(ValueError, match=message):
             parameter_groups(nn.Linear(2, 3), replace(config, lr_scales=scales))
+
+
+def test_a_model_that_cannot_be_saved_still_finishes_its_run(tmp_path, capsys):
+    model = ToyModel()
+    model.config = {"name": "toy", "args": {}}  # of a model of one's own
+    toy_trainer(tmp_path, model).fit()
+    assert "gets no model folder: model: was changed" in capsys.readouterr().out
+    assert checkpoints.latest(tmp_path / "checkpoints").name == "step_00000012"
+    model.config = torch.nn.Module()
+    toy_trainer(tmp_path / "other", model).fit()
+    assert "gets no model folder: model: a ToyModel without a `config`" in capsys.readouterr().out
+
+
+# ---- the folder of a run
+
+
+def test_a_folder_that_another_process_trains_into_is_refused(tmp_path):
+    code = (
+        "import pathlib, sys\n"
+        "from moe_mtl.checkpoint import held\n"
+        "with held(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdin=-1, stdout=-1, cwd=ROOT) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=r"out: another process is training into .*; wait until it ends"):
+            toy_trainer(tmp_path, overwrite=True).fit()
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        other.kill()
+    toy_trainer(tmp_path, steps=1).fit()
+    toy_trainer(tmp_path, steps=2).fit()  # nor does a run that has ended keep it
+
+
+@pytest.mark.parametrize("writer, error", [
+    ("save_file", SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
+    ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")),
+    ("flush_to_disk", OSError(28, "No space left on device")),
+])  # fmt: skip
+def test_a_full_disk_leaves_the_checkpoints_before_and_none_of_its_own(tmp_path, monkeypatch, writer, error):
+    straight, name = toy_trainer(tmp_path / "straight"), writer.rpartition(".")[2]
+    straight.fit()
+    where = checkpoints.torch if writer == "torch.save" else checkpoints
+    original = getattr(where, name)
+
+    def full(*args, **how):
+        if "step_00000008" in str(args[:2]):
+            raise error
+        return original(*args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, full)
+        with pytest.raises(OSError, match=r"out: could not write the checkpoint .*/step_00000008 \(.*; those before"):
+            toy_trainer(tmp_path / "full").fit()
+    assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step_00000004"]
+    again = toy_trainer(tmp_path / "full")
+    again.fit()
+    assert records(tmp_path / "full") == records(tmp_path / "straight")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_all_files_of_a_checkpoint_can_be_read_by_the_same_people(tmp_path):
+    toy_trainer(tmp_path, steps=1).fit()
+    (tmp_path / "plain").write_text("")
+    files = (tmp_path / "checkpoints" / "step_00000001").iterdir()
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "plain").stat().st_mode}
