@@ -198,8 +198,11 @@ def load_pretrained(name: str, tasks: Sequence[Task | str] | str | None = None) 
 
 def _read(folder: Path) -> nn.Module:
     """The model of a folder, see `load`."""
-    model = build(*read_config(folder))
+    config, where = read_config(folder)
+    model = build(config, where)
     load_weights(model, folder / WEIGHTS)
+    if read_config(folder)[0] != config:
+        raise ValueError(f"folder: another model was saved into {folder} while it was read; load it again")
     return model.eval()
 
 
@@ -319,7 +322,8 @@ def check_shapes(
 def replacing(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files move into a model folder once all of them are complete and on disk.
 
-    The weights move first: they alone decide which model the folder holds. Other files of the folder stay.
+    The weights alone decide which model the folder holds. They move first where it holds one, and last where it holds
+    none yet, so that a folder with weights lacks nothing. Other files of the folder stay.
 
     Raises:
         OSError: nothing could be written, or not all of it; what the folder held is unchanged.
@@ -329,13 +333,14 @@ def replacing(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=".unfinished_", dir=folder))
         yield new
-        paths = sorted(new.iterdir(), key=lambda path: (path.name != WEIGHTS, path.name))
+        first = (folder / WEIGHTS).exists()
+        paths = sorted(new.iterdir(), key=lambda path: ((path.name == WEIGHTS) != first, path.name))
         for path in paths:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         for path in paths:
             os.replace(path, folder / path.name)
-            moved = True
+            moved = moved or path.name == WEIGHTS
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
         left = "the new weights are in place, not all other files" if moved else "what it held is unchanged"
         message = f"folder: could not write the model to {folder} ({error}); {left}. Free space, or name another folder"

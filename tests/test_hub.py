@@ -201,6 +201,37 @@ def test_a_save_interrupted_between_its_files_leaves_the_whole_new_model(tmp_pat
     assert same(new, hub.load(tmp_path / "m"), X)
 
 
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_first_save_interrupted_between_its_files_leaves_no_half_model(tmp_path, monkeypatch, call):
+    replace, calls = os.replace, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hub.save(model(), tmp_path / "m")
+    assert not (tmp_path / "m" / "model.safetensors").exists()  # which would lack what has not been moved
+
+
+def test_a_model_saved_while_another_is_read_is_not_mixed_with_it(tmp_path, monkeypatch):
+    hub.save(model(k=1), tmp_path / "m")
+    load_weights, new = hub.load_weights, model(seed=9, k=2)  # of the same shapes
+
+    def late(*args):
+        hub.save(new, tmp_path / "m")
+        load_weights(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "load_weights", late)
+        with pytest.raises(ValueError, match=r"another model was saved into .*/m while it was read; load it again"):
+            hub.load(tmp_path / "m")
+    assert same(new, hub.load(tmp_path / "m"), X)
+
+
 def snapshot(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
