@@ -159,7 +159,7 @@ def push(
         )
 
 
-def load_pretrained(name: str, tasks: Sequence[Task | str] | str | None = None) -> nn.Module:
+def load_pretrained(name: str, tasks: Sequence[Task | str] | Task | str | None = None) -> nn.Module:
     """A pretrained model, in evaluation mode and float32, once the checksum of its file has been found right.
 
     Args:
@@ -177,7 +177,7 @@ def load_pretrained(name: str, tasks: Sequence[Task | str] | str | None = None) 
         return model
     own = {task.name: task for task in model.tasks}
     names = []
-    for task in [tasks] if isinstance(tasks, str) else tasks:
+    for task in [tasks] if isinstance(tasks, Task | str) else tasks:
         wanted = task if isinstance(task, str) else check_tasks([task])[0].name
         if wanted not in own:
             raise ValueError(

@@ -167,13 +167,13 @@ def _default_size(name: str) -> int | None:
 
 
 def create_model(
-    name: str, *, tasks: Sequence[Task | str] | str | None = None, pretrained: bool = False, **overrides: Any
+    name: str, *, tasks: Sequence[Task | str] | Task | str | None = None, pretrained: bool = False, **overrides: Any
 ) -> nn.Module:
     """Builds a model, with fresh weights or those that come with the library.
 
     Args:
         name: one of `list_models()`; or one of `list_models(pretrained=True)`, for the options of that model.
-        tasks: what it predicts. With pretrained weights None stands for all tasks they were trained on, and names (or
+        tasks: what it predicts, one or several. With pretrained weights None stands for all tasks they were trained on, and names (or
             `Task`s) choose some of these, which are extracted.
         pretrained: load the weights `<model>.<tag>`; for a name without a tag, those of the model's first tag. The
             file's sha256 is checked before it is read.
@@ -207,7 +207,7 @@ def create_model(
             f"tasks: fresh weights of {name!r} need to know what to predict; pass a list of Task, for example "
             "[Task.depth()], or pretrained=True for the tasks of trained weights"
         )
-    wanted: Any = [tasks] if isinstance(tasks, str) else tasks
+    wanted: Any = [tasks] if isinstance(tasks, Task | str) else tasks
     model: Any = architecture.build(check_tasks(wanted), **overrides)
     try:
         args = json.loads(json.dumps(getattr(model, "options", overrides)))

@@ -101,7 +101,8 @@ def test_some_tasks_are_extracted_in_the_order_asked_for(weights):
     assert [task.name for task in both.tasks] == ["scene", "depth"]
     assert same(both, extract(whole, ["scene", "depth"])) and set(both(X)) == {"scene", "depth"}
     assert not any("semseg" in name for name in both.state_dict())
-    assert same(create_model("m3vit_micro", pretrained=True, tasks="depth"), extract(whole, "depth"))
+    for one in ("depth", TASKS[1]):
+        assert same(create_model("m3vit_micro", pretrained=True, tasks=one), extract(whole, "depth"))
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,7 @@ def test_a_tag_without_pretrained_gives_fresh_weights_with_its_options(weights):
     torch.manual_seed(5)
     other = create_model("m3vit_micro", tasks=mine, **{**ARGS, "k": 1})
     assert model.tasks == tuple(mine) and model.training and same(model.eval(), other.eval())
+    assert create_model("m3vit_micro.rooms", tasks=mine[0]).tasks == (mine[0],)
     assert model.config == other.config and model.config["name"] == "m3vit_micro" and model.config["args"]["dim"] == 16
     with pytest.raises(ValueError, match=r"tasks: fresh weights of 'm3vit_micro' need to know.*pretrained=True"):
         create_model("m3vit_micro.rooms")

@@ -117,6 +117,16 @@ def test_the_wide_control_has_as_many_parameters_as_the_routed_model():
     assert abs(sizes[1] / sizes[0] - 1) < 0.03  # the next width, 4 more, adds 5 %
 
 
+def test_a_recipe_that_is_changed_changes_no_other():
+    mine = get_recipe("m3vit_micro_procroom")
+    mine.model.args["gate_args"]["normalize"], mine.model.args["k"] = "sum", 1
+    mine.trainer.regularizers.clear()
+    for name in ("m3vit_micro_procroom", "m3vit_micro_last_procroom"):
+        found = get_recipe(name)
+        assert found.model.args["gate_args"] == {"normalize": "detached"} and "k" not in found.model.args
+        assert found.trainer.regularizers == {"importance": 0.01}
+
+
 def test_list_and_unknown():
     listed = list_recipes()
     assert {"m3vit_micro_procroom", "procroom_demo", "m3vit_micro_nyuv2"} <= set(listed)

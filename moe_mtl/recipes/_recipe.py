@@ -1,5 +1,6 @@
 """What a recipe is, and the register of them."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -61,14 +62,14 @@ def list_recipes() -> dict[str, str]:
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of that name.
+    """The recipe of that name, the caller's own: what is changed in it changes no other.
 
     Raises:
         ValueError: there is none; the nearest are listed.
     """
     if name not in RECIPES:
         raise ValueError(f"recipe: unknown {name!r}; {nearest(name, RECIPES)}")
-    return RECIPES[name]()
+    return copy.deepcopy(RECIPES[name]())
 
 
 def on(parent: Recipe, out: str, model: str, **args: Any) -> Recipe:
