@@ -36,9 +36,7 @@ BATCH = 4096
 SAVE = 500  # updates from checkpoint to checkpoint
 TEXTS = 64  # per batch, padded to the longest of them
 # of options that a run older than they are does not mention
-DEFAULTS = {
-    key: value for key, value in asdict(TrainerConfig(out="", steps=1)).items() if key not in (*UNCOUNTED, "seed")
-}
+DEFAULTS = {key: value for key, value in asdict(TrainerConfig(steps=1)).items() if key not in (*UNCOUNTED, "seed")}
 
 _DATA: dict[str, Any] = {}  # a data set is read once per process
 

@@ -37,7 +37,7 @@ Job = Callable[[], dict[str, Any]]
 
 def recipe(model: str, data: Any, args: Mapping[str, Any], **how: Any) -> Recipe:
     """A model on data, with the trainer's settings that differ from the studies' common ones."""
-    common = {"out": "", "steps": 1000, "warmup": 100, "weight_decay": 0.01, "eval_every": 0, "log_every": 100}
+    common = {"steps": 1000, "warmup": 100, "weight_decay": 0.01, "eval_every": 0, "log_every": 100}
     return Recipe(model=ModelConfig(name=model, args=dict(args)), data=data, trainer=TrainerConfig(**{**common, **how}))
 
 

@@ -113,6 +113,15 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return final
 
 
+def empty(folder: Path) -> None:
+    """Deletes what a folder holds, also one that is a link to elsewhere; the folder stays, and need not be there."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def latest(folder: Path) -> Path | None:
     """The checkpoint with the most steps, or None when there is none."""
     found = _numbered(folder)

@@ -173,8 +173,8 @@ def create_model(
 
     Args:
         name: one of `list_models()`; or one of `list_models(pretrained=True)`, for the options of that model.
-        tasks: what it predicts, one or several. With pretrained weights None stands for all tasks they were trained on, and names (or
-            `Task`s) choose some of these, which are extracted.
+        tasks: what it predicts, one or several. With pretrained weights None stands for all tasks they were trained on,
+            and names (or `Task`s) choose some of these, which are extracted.
         pretrained: load the weights `<model>.<tag>`; for a name without a tag, those of the model's first tag. The
             file's sha256 is checked before it is read.
         **overrides: anything the model's function takes, for example `depth=4`; not with pretrained weights.

@@ -17,7 +17,6 @@ when `num_workers` is 0.
 import dataclasses
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -343,7 +342,7 @@ class Trainer:
         instead = "pass overwrite=true to throw it away, or another out"
         if config.overwrite:
             for name in ("checkpoints", "tensorboard"):
-                shutil.rmtree(out / name, ignore_errors=True)
+                checkpoints.empty(out / name)
             for name in ("metrics.jsonl", "run.json", hub.CONFIG, hub.WEIGHTS):
                 (out / name).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)

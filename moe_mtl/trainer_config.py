@@ -119,6 +119,8 @@ class TrainerConfig:
         for name, smallest in least.items():
             if not getattr(self, name) >= smallest:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {smallest}")
+        if self.out is not None and not str(self.out).strip():  # would be the working directory
+            raise ValueError(f"out: got {self.out!r}, expected a folder, '.' for this one, or None to write nothing")
         if self.seed >= 2**32:  # what numpy's generator takes
             raise ValueError(f"seed: got {self.seed}, expected below 2**32")
         if not self.lr > 0 or not 0 <= self.lr_final <= 1:

@@ -206,7 +206,7 @@ def test_tasks_per_step_draws_that_many_and_all_in_turn(tmp_path):
 
 
 def test_learning_rate_by_hand():
-    config = TrainerConfig(out="", steps=110, warmup=10, lr_final=0.1)
+    config = TrainerConfig(steps=110, warmup=10, lr_final=0.1)
     assert lr_factor(0, config) == pytest.approx(0.1)  # 1 / 10
     assert lr_factor(9, config) == 1.0
     assert lr_factor(10, config) == 1.0
@@ -643,6 +643,22 @@ def test_a_folder_that_another_process_trains_into_is_refused(tmp_path):
         other.kill()
     toy_trainer(tmp_path, steps=1).fit()
     toy_trainer(tmp_path, steps=2).fit()  # nor does a run that has ended keep it
+
+
+def test_overwrite_throws_checkpoints_away_that_lie_elsewhere(tmp_path):
+    out, elsewhere = tmp_path / "run", tmp_path / "large disk"
+    out.mkdir(), elsewhere.mkdir()
+    (out / "checkpoints").symlink_to(elsewhere)
+    toy_trainer(out, steps=4).fit()
+    steps = []
+    toy_trainer(out, steps=4, lr=1e-3, overwrite=True).fit(lambda step, losses: steps.append(step))
+    assert steps == [1, 2, 3, 4] and (out / "checkpoints").is_symlink()
+    assert checkpoints.read(elsewhere / "step_00000004").run["trainer"]["lr"] == 1e-3
+
+
+def test_a_folder_without_a_name_is_refused():
+    with pytest.raises(ValueError, match=r"out: got '', expected a folder, '\.' for this one"):  # --trainer.out=$UNSET
+        TrainerConfig(steps=1, out="", overwrite=True)
 
 
 @pytest.mark.parametrize("writer, error", [
