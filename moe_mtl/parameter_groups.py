@@ -1,5 +1,6 @@
 """Which parameters of a model learn, how fast, and with what weight decay."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -55,6 +56,12 @@ def parameter_groups(model: nn.Module, config: TrainerConfig) -> list[dict[str, 
         {"params": found, "weight_decay": config.weight_decay if decay else 0.0, "scale": scale}
         for (decay, scale), found in groups.items()
     ]
+
+
+def names_in_order(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Names of the parameters in groups, by whose order an optimizer knows them; those of a balancer have none: ""."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names.get(id(parameter), "") for group in groups for parameter in group["params"]]
 
 
 def frozen_statistics(model: nn.Module) -> list[nn.Module]:

@@ -40,7 +40,7 @@ from moe_mtl.data import collate, load_tokenizer
 from moe_mtl.early_stopping import EarlyStopping
 from moe_mtl.gates import Gate
 from moe_mtl.multitask import SingleTaskSet, count_rows, task_ids
-from moe_mtl.parameter_groups import frozen_statistics, parameter_groups
+from moe_mtl.parameter_groups import frozen_statistics, names_in_order, parameter_groups
 from moe_mtl.run_log import RunLog
 from moe_mtl.scoring import TaskMetrics
 from moe_mtl.tasks import Task
@@ -378,6 +378,12 @@ class Trainer:
         state = found.state
         checkpoints.check_tensors(path, "model", found.model, self.model.state_dict())
         checkpoints.check_tensors(path, "balancer", state["balancer"], self.balancer.state_dict())
+        order = names_in_order(self.model, self.optimizer.param_groups)
+        if state.get("order", order) != order:  # of names and shapes that fit; moments would be those of others
+            raise ValueError(
+                f"checkpoint {path} does not fit the model: its parameters came in another order; define them in that "
+                "order again. Nothing was loaded"
+            )
         try:
             self.optimizer.load_state_dict(state["optimizer"])  # checks its groups before it changes anything
         except ValueError as error:
@@ -391,6 +397,7 @@ class Trainer:
     def _save(self, out: Path) -> None:
         state = {
             "optimizer": self.optimizer.state_dict(),
+            "order": names_in_order(self.model, self.optimizer.param_groups),
             "balancer": self.balancer.state_dict(),
             "task_sampler": self.task_sampler.get_state(),
             "random": checkpoints.random_state(),

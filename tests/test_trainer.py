@@ -456,6 +456,18 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_before_anything_is_loaded(sto
     assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
 
 
+def test_parameters_in_another_order_are_refused_before_anything_is_loaded(stopped):
+    out, _ = stopped
+    model = ToyModel()
+    model.heads = nn.ModuleDict(dict(reversed(model.heads.items())))  # as after a tidying up of the model's code
+    trainer = toy_trainer(out, model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="step_00000004 does not fit the model: its parameters came in another order"):
+        trainer.fit()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not trainer.optimizer.state
+
+
 class Payload:
     """A pickle that would run code when it is read."""
 
