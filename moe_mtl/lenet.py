@@ -7,6 +7,8 @@ Differs: ReLU and maxima instead of squashing functions and averages; all maps o
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_mtl.images import check_images
+
 
 class LeNet(nn.Module):
     """Pictures to vectors: (5x5 convolution, ReLU, 2x2 maximum) twice.
@@ -38,8 +40,9 @@ class LeNet(nn.Module):
         """Pictures [b, c, side, side] to vectors [b, dim].
 
         Raises:
-            ValueError: another shape.
+            ValueError: another shape or dtype, or something else than images.
         """
+        check_images(x, self.first.weight.dtype)
         if x.shape[1:] != (self.channels, self.side, self.side):
             raise ValueError(
                 f"x: got {list(x.shape)}, expected pictures [b, {self.channels}, {self.side}, {self.side}]"

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from moe_mtl.heads import Features
 from moe_mtl.hub_mixin import HubModel
+from moe_mtl.images import check_images
 from moe_mtl.layers import ContextMoE, MoE, TaskContext
 from moe_mtl.routing import Routing, TaskIds
 from moe_mtl.tasks import Task, check_tasks, nearest
@@ -357,19 +358,8 @@ class MultiTaskModel(HubModel, nn.Module):
         return None
 
     def check_input(self, x: Any) -> None:
-        """Refuses what is no batch of images.
-
-        Raises:
-            ValueError: names the shape or dtype that came.
-        """
-        if x.ndim != 4 or not x.is_floating_point():
-            raise ValueError(
-                f"x: got {x.dtype} {list(x.shape)}, expected floating point images [b, c, h, w]; "
-                "add the batch axis to a single image, divide uint8 by 255"
-            )
-        own = next(self.parameters()).dtype
-        if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"x: got {x.dtype} images, the model is {own}; cast one of them or use torch.autocast")
+        """Refuses what is no batch of images; see `check_images`."""
+        check_images(x, next(self.parameters()).dtype)
 
 
 class SingleTaskSet(HubModel, nn.Module):
