@@ -145,7 +145,7 @@ class ImageReader:
         if isinstance(value, str | Path):
             try:
                 with Image.open(value) as file:
-                    value = ImageOps.exif_transpose(file).convert("RGB")
+                    value = ImageOps.exif_transpose(file)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise ValueError(f"{where}: {value} cannot be read as a picture ({error})") from error
         image = to_image(value, where)

@@ -12,6 +12,7 @@ from PIL import Image
 
 import moe_mtl.data
 from moe_mtl.data import collate, to_image
+from moe_mtl.inputs import ImageReader
 from moe_mtl.tasks import Task
 
 TASKS = (
@@ -136,6 +137,20 @@ def test_images_of_every_make_become_the_same_tensor():
     gray = to_image(Image.fromarray(channels_last[:, :, 0]))
     assert torch.equal(gray, expected[:1].expand(3, -1, -1))
     assert to_image(np.zeros((3, 7, 3), np.float32)).shape == (3, 7, 3)  # either reading fits: channels first
+
+
+def test_pictures_of_more_than_8_bits_keep_their_greys(tmp_path):
+    wide = np.linspace(0, 65535, 20).astype(np.uint16).reshape(4, 5)
+    grey = torch.from_numpy((wide / 65535).astype(np.float32)).expand(3, 4, 5)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    with Image.open(tmp_path / "wide.png") as file:
+        assert file.mode == "I;16"
+        torch.testing.assert_close(to_image(file), grey)
+    torch.testing.assert_close(ImageReader((4, 5), 3).read(tmp_path / "wide.png", "x"), grey)
+    assert torch.equal(to_image(Image.fromarray(wide.astype(">u2"))), to_image(Image.fromarray(wide)))
+    torch.testing.assert_close(to_image(Image.fromarray(grey[0].numpy())), grey)
+    with pytest.raises(ValueError, match=r"^here: got a picture of mode 'I', 32-bit integers of unknown range"):
+        to_image(Image.fromarray(wide.astype(np.int32)), "here")
 
 
 def test_inputs_may_have_other_names():

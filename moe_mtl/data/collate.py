@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -91,14 +92,15 @@ def collate(
 def to_image(value: Any, where: str = "image") -> Tensor:
     """A picture as float32 [c h w] with 1 or 3 channels.
 
-    PIL images become RGB. Arrays and tensors may be [h w], [c h w] or [h w c] (channels first where both could be
-    meant); uint8 is divided by 255, floats are kept as they are.
+    PIL images become RGB; 16 bits are divided by 65535, floats ("F") are kept as they are. Arrays and tensors may be
+    [h w], [c h w] or [h w c] (channels first where both could be meant); uint8 is divided by 255, floats are kept as
+    they are.
 
     Raises:
-        ValueError: another shape, or a dtype that is neither uint8 nor float.
+        ValueError: another shape, or a dtype that is neither uint8 nor float; 32-bit integers, whose range is unknown.
     """
     if isinstance(value, Image.Image):
-        value = np.array(value.convert("RGB"))
+        value = _pixels(value, where)
     image = _to_tensor(value, where)
     shape = list(image.shape)
     if image.ndim == 2:
@@ -112,6 +114,24 @@ def to_image(value: Any, where: str = "image") -> Tensor:
     if not image.is_floating_point():
         raise ValueError(f"{where}: got {image.dtype}, expected uint8 (0..255) or floating point")
     return image.float()
+
+
+def _pixels(image: Image.Image, where: str) -> NDArray[Any]:
+    """A PIL image as an array of three colours; Pillow itself would cut more than 8 bits off at 255.
+
+    Raises:
+        ValueError: integers of 32 bits.
+    """
+    if image.mode == "I":
+        raise ValueError(
+            f"{where}: got a picture of mode 'I', 32-bit integers of unknown range; scale it to uint8 or to floats of "
+            "0 to 1"
+        )
+    if image.mode != "F" and not image.mode.startswith("I;16"):
+        return np.array(image.convert("RGB"))
+    values = np.array(image)
+    grey = values if image.mode == "F" else values / np.float32(65535)
+    return np.stack([grey] * 3)
 
 
 def _to_tensor(value: Any, where: str) -> Tensor:
