@@ -236,20 +236,27 @@ def _text_grid(task: Task, images: Tensor, sides: Sequence[Tensor], columns: Seq
 
 
 def describe(task: Task, value: Tensor, is_target: bool) -> str:
-    """One sample's prediction or label of an image-level task in words: classes, probabilities, or numbers."""
+    """One sample's prediction or label of an image-level task in words: what holds and how probable it is, or numbers.
+
+    Of several labels those are named that hold; those that are missing are named as such.
+    """
     names = task.classes or [str(c) for c in range(task.channels)]
     if task.kind == "classification":
         if is_target:
             return "no label" if int(value) == task.ignore_index else names[int(value)]
         probability, best = value.softmax(dim=-1).max(dim=-1)
         return f"{names[int(best)]}\n{float(probability):.0%} sure"
-    if value.isnan().all():
+    if task.kind in ("binary", "multilabel") and not is_target:
+        value = value.sigmoid()
+    if task.kind in ("binary", "multilabel") and value.isnan().all():
         return "no label"
-    if task.kind == "binary" and not is_target:
-        return f"{float(value.sigmoid()):.0%} sure of 1"
+    if task.kind == "binary":
+        probability = float(value)
+        word = "yes" if probability >= 0.5 else "no"
+        return word if is_target else f"{word}\n{max(probability, 1 - probability):.0%} sure"
     if task.kind == "multilabel":
-        chosen = (value if is_target else value.sigmoid()) >= 0.5
-        return "\n".join(name for name, yes in zip(names, chosen.tolist(), strict=True) if yes) or "none"
+        told = zip(names, value.tolist(), strict=True)
+        return "\n".join(name if v >= 0.5 else f"{name}: no label" for name, v in told if not v < 0.5) or "none"
     return "\n".join("no label" if math.isnan(v) else f"{v:.3g}" for v in value.flatten().tolist())
 
 
@@ -267,7 +274,7 @@ def to_rgb(images: Tensor) -> np.ndarray:
         images = images[:, :1].expand(-1, 3, -1, -1)
     low, high = images.min(), images.max()
     if low < 0 or high > 1:
-        images = ((images - low) / (high - low)).nan_to_num()  # one value everywhere is black
+        images = (images - low) / (high - low if high > low else 1.0)
     return images.permute(0, 2, 3, 1).numpy()
 
 

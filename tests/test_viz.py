@@ -73,7 +73,7 @@ def test_to_rgb_leaves_0_to_1_alone_and_stretches_the_rest():
     y = to_rgb(4 * x - 2)
     assert y.min() == 0 and y.max() == 1
     assert to_rgb(x[:, :1]).shape == (2, 4, 4, 3)
-    assert not to_rgb(torch.full_like(x, 2.0)).any()
+    np.testing.assert_array_equal(to_rgb(torch.full((1, 3, 4, 4), 3.0)), np.zeros((1, 4, 4, 3)))  # nothing to stretch
 
 
 def drawn(figure):
@@ -135,10 +135,15 @@ def test_describe():
     assert describe(labels, torch.tensor([2.0, -2.0, 0.1]), is_target=False) == "a\nc"
     assert describe(labels, torch.tensor([0.0, 1.0, 0.0]), is_target=True) == "b"
     assert describe(labels, torch.zeros(3), is_target=True) == "none"
-    assert describe(labels, torch.full((3,), float("nan")), is_target=True) == "no label"
-    assert describe(labels, torch.tensor([float("nan"), 1.0, 0.0]), is_target=True) == "b"
-    assert describe(Task.binary("y"), torch.tensor(-math.log(3)), is_target=False) == "25% sure of 1"
-    assert describe(Task.binary("y"), torch.tensor(1.0), is_target=True) == "1"
+    nothing = float("nan")
+    assert describe(labels, torch.tensor([nothing, 1.0, 0.0]), is_target=True) == "a: no label\nb"
+    assert describe(labels, torch.full((3,), nothing), is_target=True) == "no label"
+    yes_or_no = Task.binary("y")
+    assert describe(yes_or_no, torch.tensor(-2.0), is_target=False) == "no\n88% sure"  # 1 / (1 + exp(-2))
+    assert describe(yes_or_no, torch.tensor(0.5), is_target=False) == "yes\n62% sure"
+    assert [describe(yes_or_no, torch.tensor(v), is_target=True) for v in (0.0, 1.0, nothing)] == [
+        *("no", "yes", "no label"),
+    ]
     assert describe(Task.regression("r"), torch.tensor(1.23456), is_target=True) == "1.23"
     assert describe(Task.regression("r"), torch.tensor(float("nan")), is_target=True) == "no label"
     assert describe(Task.classification("c", 2), torch.tensor(-100), is_target=True) == "no label"
