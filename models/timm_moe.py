@@ -15,6 +15,7 @@ from torch import nn
 from moe_mtl.backbones._timm_config import read_vit
 from moe_mtl.backbones._upcycle import ExpertMaker
 from moe_mtl.backbones.timm_vit import moefy_vit, with_experts
+from moe_mtl.images import Colours
 from moe_mtl.multitask import MultiTaskModel, SingleTaskSet
 from moe_mtl.registry import configure, register_model
 from moe_mtl.tasks import Task
@@ -28,11 +29,15 @@ class TimmConfig:
         backbone: name of an architecture in timm, such as "vit_tiny_patch16_224".
         backbone_args: plain options of it for `timm.create_model`, such as img_size and in_chans.
         head_width: feature maps of the dense heads.
+        mean: of colours, what `moe_mtl.Predictor` subtracts from those of 0..1; per colour, or one for all.
+        std: of colours, what it divides the rest by. Training on colours of 0..1 sets both to 0 and 1.
     """
 
     backbone: str = ""
     backbone_args: Mapping[str, Any] = field(default_factory=dict)
     head_width: int = 16
+    mean: Sequence[float] = (0.0,)
+    std: Sequence[float] = (1.0,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +67,15 @@ def build(tasks: Sequence[Task], config: TimmConfig) -> MultiTaskModel:
     """The multi-task model a config describes, with fresh weights."""
     if not config.backbone:
         raise ValueError("backbone: name an architecture of timm, for example backbone='vit_tiny_patch16_224'")
-    backbone = read_vit(config.backbone, config.backbone_args)
-    if not isinstance(config, TimmMoEConfig):
-        return with_experts(backbone, tasks, None, head_width=config.head_width)
-    how = {name: getattr(config, name) for name in ("gate", "experts", "k", "hidden", "gate_args")}
-    make = ExpertMaker(len(tasks), **how)
-    return moefy_vit(backbone, tasks, make, every=config.every, blocks=config.blocks, head_width=config.head_width)
+    backbone, colours = read_vit(config.backbone, config.backbone_args), Colours.of(config.mean, config.std)
+    if isinstance(config, TimmMoEConfig):
+        how = {name: getattr(config, name) for name in ("gate", "experts", "k", "hidden", "gate_args")}
+        make, where = ExpertMaker(len(tasks), **how), {"every": config.every, "blocks": config.blocks}
+        model = moefy_vit(backbone, tasks, make, **where, head_width=config.head_width)
+    else:
+        model = with_experts(backbone, tasks, None, head_width=config.head_width)
+    model.colours = colours
+    return model
 
 
 def _with_options(model: Any, config: TimmConfig) -> nn.Module:

@@ -1,9 +1,63 @@
-"""Batches of images: what a model refuses."""
+"""Batches of images: what a model refuses, and the range of colours that it was made for."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+
+
+class Colours(NamedTuple):
+    """What becomes of colours of 0..1 before a model sees them: `mean` is subtracted, the rest divided by `std`.
+
+    Attributes:
+        mean: per colour, or one for all.
+        std: per colour, or one for all.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    @classmethod
+    def of(cls, mean: Sequence[float] | None, std: Sequence[float] | None) -> Self:
+        """Colours as a configuration or a library names them, None for nothing to subtract or divide by.
+
+        Raises:
+            ValueError: a standard deviation that is not above 0.
+        """
+        mean, std = tuple(mean or (0.0,)), tuple(std or (1.0,))
+        if not all(value > 0 for value in std):
+            raise ValueError(f"std: got {list(std)}, expected numbers above 0")
+        return cls(mean, std)
+
+
+AS_THEY_ARE = Colours()
+
+
+def learn_colours(model: Any, x: Tensor, *, whole: bool) -> str | None:
+    """Notes, in a model and in its configuration, that it learns from colours as they are, where images are of 0..1.
+
+    Args:
+        model: of images, or a set of single-task models; others are left alone.
+        x: images it is about to learn from. Colours outside 0..1 were scaled by whoever made them, as the model had it.
+        whole: all its tasks learn; a model of which others are to stay what they are keeps its colours.
+
+    Returns:
+        What to tell the user; None where the colours are those the model was made for.
+    """
+    parts = [model, *getattr(model, "models", {}).values()]
+    scaled = [part for part in parts if getattr(part, "colours", AS_THEY_ARE) != AS_THEY_ARE]
+    if not scaled or not x.numel() or x.min() < 0 or x.max() > 1:
+        return None
+    mean, std = (", ".join(f"{value:.3g}" for value in values) for values in scaled[0].colours)
+    told = f"images: colours of 0 to 1, of a model made for mean {mean} and std {std}"
+    if not whole:
+        return f"{told}; moe_mtl.Predictor scales pictures so: scale these, or the tasks learn from other colours"
+    for part in scaled:
+        part.colours = AS_THEY_ARE
+    args = getattr(model, "config", {}).get("args", {})
+    args.update({name: list(values) for name, values in AS_THEY_ARE._asdict().items() if name in args})
+    return f"{told}; from now on moe_mtl.Predictor leaves them as they are"
 
 
 def check_images(x: Any, dtype: torch.dtype) -> None:

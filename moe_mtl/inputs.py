@@ -98,15 +98,14 @@ class ImageReader:
 
     @classmethod
     def of(cls, model: Any) -> "ImageReader":
-        """For a model: of a timm backbone that has a `pretrained_cfg`, with the mean and std this names."""
+        """For a model: its size of images and its `colours`."""
         if hasattr(model, "encoder"):
             return cls((model.encoder.side, model.encoder.side), model.encoder.channels)
-        patches, known = model.backbone.patch_embed, getattr(model.backbone, "pretrained_cfg", None) or {}
+        patches = model.backbone.patch_embed
         channels = patches.proj.weight.shape[1]
         if channels not in (1, 3):
             raise ValueError(f"model: it takes images of {channels} channels; a predictor reads pictures of 1 or 3")
-        scale = [known.get(name) or (neutral,) for name, neutral in (("mean", 0.0), ("std", 1.0))]
-        mean, std = (values if len(values) == channels else (sum(values) / len(values),) for values in scale)
+        mean, std = (values if len(values) == channels else (sum(values) / len(values),) for values in model.colours)
         return cls(tuple(patches.img_size), channels, tuple(mean), tuple(std))
 
     def open(self, x: Any) -> tuple[Any, bool]:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from moe_mtl.heads import Features
 from moe_mtl.hub_mixin import HubModel
-from moe_mtl.images import check_images
+from moe_mtl.images import AS_THEY_ARE, check_images
 from moe_mtl.layers import ContextMoE, MoE, TaskContext
 from moe_mtl.routing import Routing, TaskIds
 from moe_mtl.tasks import Task, check_tasks, nearest
@@ -168,6 +168,7 @@ class MultiTaskModel(HubModel, nn.Module):
         self._fresh_head = fresh_head
 
     input = "image"  # the key of a batch whose entry the model takes
+    colours = AS_THEY_ARE  # what it expects of images, for whoever feeds it pictures; it scales nothing itself
 
     @property
     def moe_layers(self) -> dict[str, MoE]:

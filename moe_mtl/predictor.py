@@ -47,8 +47,9 @@ class Predictor:
     Attributes:
         model: the model.
         tasks: the names of `tasks`.
-        reader: how inputs are read, see `moe_mtl.inputs`. Another may be put in its place: for a timm backbone that was
-            trained further on colours of 0..1, `dataclasses.replace(predictor.reader, mean=(0.0,), std=(1.0,))`.
+        reader: how inputs are read, see `moe_mtl.inputs`. Another may be put in its place, such as one for other
+            colours, `dataclasses.replace(predictor.reader, mean=(0.0,), std=(1.0,))`. Those of a backbone that `moefy`
+            took are scaled as its weights want them, until the model is trained on colours of 0..1.
 
     Raises:
         FileNotFoundError: there is no such folder or name.

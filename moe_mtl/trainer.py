@@ -17,6 +17,7 @@ when `num_workers` is 0.
 import dataclasses
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -39,6 +40,7 @@ from moe_mtl.batches import in_order, one_task_each, training_order
 from moe_mtl.data import collate, load_tokenizer
 from moe_mtl.early_stopping import EarlyStopping
 from moe_mtl.gates import Gate
+from moe_mtl.images import learn_colours
 from moe_mtl.multitask import SingleTaskSet, count_rows, task_ids
 from moe_mtl.parameter_groups import frozen_statistics, names_in_order, parameter_groups
 from moe_mtl.run_log import RunLog
@@ -158,7 +160,7 @@ class Trainer:
         val = self.data.split("val") if config.eval_every else None
         random_state = None if self.out is None else self._open_run(self.out)
         order = training_order(train, config, [task.name for task in self.trained], self.step)
-        loader = iter(self._loader(train, batch_sampler=order))
+        loader, first = iter(self._loader(train, batch_sampler=order)), True
         if random_state is None:
             set_seed(config.seed)
         else:  # last, so that nothing above has drawn from them
@@ -167,7 +169,13 @@ class Trainer:
         with RunLog(self.out, step=self.step, steps=config.steps, progress=config.progress) as log:
             while self.step < config.steps and not (self.early and self.early.over):
                 began = time.perf_counter()
-                losses = self._update(next(loader))
+                batch = next(loader)
+                if first and self.input == "image":
+                    whole = len(self.trained) == len(self.tasks)
+                    if told := learn_colours(self.model, batch[self.input], whole=whole):
+                        print(told, file=sys.stderr)
+                first = False
+                losses = self._update(batch)
                 self.step += 1
                 self.seconds += time.perf_counter() - began
                 last = self.step == config.steps

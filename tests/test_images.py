@@ -1,11 +1,15 @@
-"""What models of images refuse."""
+"""What models of images refuse, and the colours they are made for."""
 
 import numpy as np
 import pytest
+import timm
 import torch
 
-from moe_mtl import create_model
+from moe_mtl import Predictor, create_model, extract, finetune, load, moefy, save
+from moe_mtl.images import AS_THEY_ARE
 from moe_mtl.tasks import Task
+from moe_mtl.trainer import Trainer
+from moe_mtl.trainer_config import TrainerConfig
 
 TASKS = [Task.classification("left", 3), Task.binary("right")]
 MODELS = {
@@ -49,3 +53,87 @@ def test_autocast_takes_images_of_another_precision(name):
         found = model(x.bfloat16())
     for task, y in model(x.bfloat16().float()).items():
         assert np.abs(found[task].detach().float().numpy() - y.detach().numpy()).max() < 0.05
+
+
+OWN = ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+
+
+def moefied(**options):
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    cfg = dict(zip(("mean", "std"), OWN, strict=True))
+    vit = timm.create_model("vit_tiny_patch16_224", pretrained_cfg_overlay=cfg, **sizes, **options)
+    return moefy(vit, TASKS, experts=2, k=1).eval()
+
+
+class Rows(list):
+    def task_list(self):
+        return TASKS
+
+    def split(self, name):
+        return self
+
+
+def rows(scale=lambda image: image):
+    g = torch.Generator().manual_seed(1)
+    return Rows({"image": scale(torch.rand(3, 16, 16, generator=g)), "left": i % 3, "right": i % 2} for i in range(4))
+
+
+def train(model, data):
+    how = TrainerConfig(out=None, steps=1, batch_size=4, eval_every=0, progress=False)
+    return Trainer(model, data, how).fit()
+
+
+def agrees(model, reads):
+    """Whether a predictor's answers are the model's for the image it is to have read."""
+    image = rows()[0]["image"]
+    with torch.no_grad():
+        return torch.allclose(
+            Predictor(model)(image, raw=True)["left"], model(reads(image)[None])["left"][0], atol=1e-6
+        )
+
+
+def scaled(image):
+    mean, std = (torch.tensor(values)[:, None, None] for values in OWN)
+    return (image - mean) / std
+
+
+def test_colours_of_a_backbone_are_saved_with_the_model(tmp_path):
+    model = moefied()
+    assert model.colours == OWN and agrees(model, scaled)
+    for made in (model, extract(model, "left")):
+        again = load(save(made, tmp_path / "m"))
+        assert again.colours == OWN and agrees(again, scaled) and again.config == made.config
+
+
+def test_a_model_trained_on_colours_of_0_to_1_is_fed_these(tmp_path, capsys):
+    model = train(moefied(), rows())
+    assert "made for mean 0.1, 0.2, 0.3 and std 0.5, 0.6, 0.7; from now on" in capsys.readouterr().err
+    again = load(save(model, tmp_path))
+    for one in (model, again):
+        assert one.colours == AS_THEY_ARE and agrees(one, lambda image: image)
+
+
+def test_a_model_trained_on_scaled_colours_keeps_its_scale(capsys):
+    model = train(moefied(), rows(scaled))
+    assert model.colours == OWN and agrees(model, scaled) and "images:" not in capsys.readouterr().err
+
+
+def test_training_some_tasks_changes_no_colours_of_the_others(capsys):
+    model = finetune(moefied(), rows(), tasks=["left"], steps=1, progress=False)
+    assert model.colours == OWN and "scale these, or the tasks learn from other colours" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["timm_moe", "timm_shared_bottom", "timm_single_task"])
+def test_fresh_weights_know_no_colours_but_those_they_are_told(name, tmp_path):
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    how = {"backbone": "vit_tiny_patch16_224", "backbone_args": sizes, "head_width": 8}
+    how |= {"experts": 2, "k": 1} if name == "timm_moe" else {}
+    assert agrees(create_model(name, tasks=TASKS, **how).eval(), lambda image: image)
+    told = create_model(name, tasks=TASKS, mean=OWN[0], std=OWN[1], **how).eval()
+    assert agrees(told, scaled) and agrees(load(save(told, tmp_path / "told")), scaled)
+    trained = train(told, rows())
+    assert agrees(trained, lambda image: image)
+    assert agrees(load(save(trained, tmp_path / "trained")), lambda image: image)
+    with pytest.raises(ValueError, match=r"^std: got \[0.0\], expected numbers above 0"):
+        create_model(name, tasks=TASKS, std=[0.0], **how)

@@ -43,10 +43,10 @@ ALLOWED = {
     "pretrained": {"tasks"},
     "locate": {"pretrained", "tasks"},
     "registry": {"hub", "pretrained", "tasks", "models"},
-    "backbones": {"folded", "kernels", "experts", "gates", "heads", "layers", "multitask", "tasks"},
+    "backbones": {"folded", "kernels", "experts", "gates", "heads", "images", "layers", "multitask", "tasks"},
     "models": {
-        *("backbones", "expert_stack", "experts", "folded", "gates", "heads", "layers", "levels", "multitask"),
-        *("registry", "routing"),
+        *("backbones", "expert_stack", "experts", "folded", "gates", "heads", "images", "layers", "levels"),
+        *("multitask", "registry", "routing"),
         *("adapters", "attention", "entire_space", "fields", "task_linear", "tasks", "towers", "vector"),
     },
     "adapters": {"backbones", "expert_stack", "experts", "layers", "multitask", "routing", "tasks"},
@@ -101,8 +101,9 @@ ALLOWED = {
     "early_stopping": set(),
     "parameter_groups": {"trainer_config"},
     "trainer": {
-        *("as_trained", "balancing", "batches", "checkpoint", "data", "early_stopping", "gates", "hub", "multitask"),
+        *("as_trained", "balancing", "batches", "checkpoint", "data", "early_stopping", "gates", "hub", "images"),
         *(
+            "multitask",
             "parameter_groups",
             "regularizers",
             "run_log",

@@ -12,6 +12,7 @@ from moe_mtl.backbones._timm_config import describe_vit
 from moe_mtl.backbones._upcycle import ExpertMaker
 from moe_mtl.backbones.hf_encoder import TextModel, moefy_encoder
 from moe_mtl.backbones.timm_vit import moefy_vit, upcycle
+from moe_mtl.images import Colours
 from moe_mtl.multitask import MultiTaskModel
 from moe_mtl.tasks import Task, check_tasks
 
@@ -59,7 +60,8 @@ def moefy(
 
     Returns:
         The model. How many parameters the backbone had and has is printed to stderr. `moe_mtl.save` takes it; of a
-        timm model only if its architecture can be built again from the name timm gave it and options read off it.
+        timm model only if its architecture can be built again from the name timm gave it and options read off it. The
+        `colours` of a timm model, mean and std, are kept for `moe_mtl.Predictor`.
 
     Raises:
         ValueError: a structure this adapter does not know, block numbers out of range, or "split" where it is inexact.
@@ -78,10 +80,13 @@ def moefy(
     else:
         names = _describe(backbone)
         model = moefy_vit(backbone, tasks, make, every=every, blocks=blocks, head_width=head_width)
+        known = getattr(backbone, "pretrained_cfg", None) or {}
+        model.colours = Colours.of(known.get("mean"), known.get("std"))
         if isinstance(names, str):
             model.unnamed = names
         else:
             how = {"every": every, "blocks": None if blocks is None else list(blocks), "head_width": head_width}
+            how |= {name: list(values) for name, values in model.colours._asdict().items()}
             model.config = {"name": "timm_moe", "args": {**names, **make.options, **how}}
     after = sum(p.numel() for p in model.backbone.parameters())
     print(f"moefy: backbone parameters {before / 1e6:.3f} M -> {after / 1e6:.3f} M", file=sys.stderr)
