@@ -178,6 +178,14 @@ def test_dense_gate_needs_no_k():
     assert moefy(dense(), TASKS, gate="softmax", experts=4).moe_layers["blocks.1"].gate.k == 4
 
 
+def test_gated_experts_are_not_filled_from_weights_that_do_not_tell_their_order():
+    backbone = dense("vit_geglu")
+    model, other = moefy(backbone, TASKS, experts=2, k=1), moefy(backbone, TASKS, experts=2, k=1)
+    weights = {**model.state_dict(), **{f"backbone.{name}": w for name, w in backbone.state_dict().items()}}
+    with pytest.raises(ValueError, match=r"^model: the experts of backbone\.blocks\.1\.mlp are gated linear units"):
+        upcycle(other, weights)
+
+
 class TestRefusals:
     def test_structure(self):
         with pytest.raises(ValueError, match="ResNet is not a plain vision transformer"):

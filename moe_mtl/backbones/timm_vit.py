@@ -62,11 +62,17 @@ def upcycle(model: nn.Module, dense: Mapping[str, Tensor]) -> None:
             there, too, are copied as they are.
 
     Raises:
-        ValueError: names or shapes do not fit; nothing was changed.
+        ValueError: names or shapes do not fit, or experts with GLU, whose halves may stand in another order in the
+            dense model; nothing was changed.
     """
     found = dict(dense)
     for path, layer in model.named_modules():
         if isinstance(layer, ContextMoE) and f"{path}.fc1.weight" in found:
+            if layer.moe.experts.glu:
+                raise ValueError(
+                    f"model: the experts of {path} are gated linear units, whose order of halves weights do not tell; "
+                    "moefy the dense model instead"
+                )
             prefix, experts = f"{path}.moe.experts", layer.moe.experts.num_experts
             for ours, theirs in (("w1", "fc1.weight"), ("b1", "fc1.bias"), ("w2", "fc2.weight"), ("b2", "fc2.bias")):
                 if (w := found.pop(f"{path}.{theirs}", None)) is not None:
