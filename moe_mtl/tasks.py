@@ -325,6 +325,8 @@ class Task:
 
 def check_tasks(tasks: Sequence[Task]) -> tuple[Task, ...]:
     """A non-empty tuple of tasks with distinct names, or an error that says which is not."""
+    if isinstance(tasks, Task):
+        raise TypeError(f"tasks: got one Task, {tasks.name!r}; expected a list of them, [{tasks.name}]")
     tasks = tuple(tasks)
     if not tasks:
         raise ValueError("tasks: got none; pass at least one Task, for example Task.depth()")
