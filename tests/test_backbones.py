@@ -186,10 +186,47 @@ def test_gated_experts_are_not_filled_from_weights_that_do_not_tell_their_order(
         upcycle(other, weights)
 
 
+def test_a_compiled_backbone_is_taken_as_what_it_compiles():
+    backbone, x = dense().eval(), images()
+    model = moefy(torch.compile(backbone, backend="eager"), TASKS, experts=2, k=1).eval()
+    twin = moefy(backbone, TASKS, experts=2, k=1)
+    assert list(model.state_dict()) == list(twin.state_dict()) and model.config == twin.config
+    assert set(model(x)) == {task.name for task in TASKS}
+
+
 class TestRefusals:
-    def test_structure(self):
-        with pytest.raises(ValueError, match="ResNet is not a plain vision transformer"):
-            moefy(timm.create_model("resnet18"), TASKS)
+    @pytest.mark.parametrize(
+        "name, options, message",
+        [
+            ("resnet18", {}, "ResNet is not a plain vision transformer"),
+            ("hiera_tiny_224", {}, "Hiera is not a plain vision transformer"),
+            # its patches are pixels of a small network's maps
+            (
+                "vit_tiny_r_s16_p8_224",
+                {"img_size": 64},
+                "`patch_embed.proj` .square patches of the image",
+            ),
+        ],
+    )
+    def test_structure(self, name, options, message):
+        with pytest.raises(ValueError, match=message):
+            moefy(timm.create_model(name, **options), TASKS[2:])
+
+    @pytest.mark.parametrize("backbone, kind", [("vit_tiny_patch16_224", "str"), (None, "NoneType")])
+    def test_what_is_no_model(self, backbone, kind):
+        with pytest.raises(ValueError, match=rf"^backbone: got {kind}, expected a model, such as timm\.create_model"):
+            moefy(backbone, TASKS)
+
+    def test_tasks(self):
+        tagging = Task.tagging("words", ["O", "B-x"])
+        with pytest.raises(ValueError, match=r"^tasks: 'words' is of kind tagging, which texts have"):
+            moefy(dense(), [tagging], experts=2, k=1)
+        model = moefy(dense(), TASKS, experts=2, k=1)
+        with pytest.raises(ValueError, match=r"^tasks: 'words' is of kind tagging"):
+            model.add_task(tagging)
+        assert model.tasks == TASKS and set(model(images())) == {task.name for task in TASKS}
+        with pytest.raises(TypeError, match=r"^tasks: got one Task, 'depth'; expected a list of them"):
+            moefy(dense(), Task.depth())
 
     @pytest.mark.parametrize(
         "options, message",

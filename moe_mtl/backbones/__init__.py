@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from torch import nn
+
 from moe_mtl.backbones._timm_config import describe_vit
 from moe_mtl.backbones._upcycle import ExpertMaker
 from moe_mtl.backbones.hf_encoder import TextModel, moefy_encoder
@@ -64,9 +66,18 @@ def moefy(
         `colours` of a timm model, mean and std, are kept for `moe_mtl.Predictor`.
 
     Raises:
-        ValueError: a structure this adapter does not know, block numbers out of range, or "split" where it is inexact.
+        ValueError: no model, a structure this adapter does not know, block numbers out of range, a task that its inputs
+            cannot have, or "split" where it is inexact.
     """
-    tasks, backbone = check_tasks(tasks), copy.deepcopy(backbone)
+    if not isinstance(backbone, nn.Module):
+        raise ValueError(
+            f"backbone: got {type(backbone).__name__}, expected a model, such as timm.create_model(name) or an encoder "
+            "of transformers"
+        )
+    tasks, backbone = (
+        check_tasks(tasks),
+        copy.deepcopy(getattr(backbone, "_orig_mod", backbone)),
+    )  # compiled: what is in it
     make = ExpertMaker(len(tasks), gate=gate, experts=experts, k=k, hidden=hidden, gate_args=gate_args)
     of_transformers = hasattr(getattr(backbone, "config", None), "model_type")
     if of_transformers:

@@ -115,14 +115,15 @@ def _options(backbone: Timm) -> dict[str, Any]:
     first, last = (blocks[0], blocks[-1]) if blocks else (None, None)
     size, stem = getattr(patch, "img_size", None), getattr(patch, "proj", None)
     hidden = getattr(getattr(getattr(first, "mlp", None), "fc1", None), "out_features", None)
+    width = getattr(backbone, "embed_dim", None)
     found = {
         "img_size": None if size is None else list(size),
         "patch_size": getattr(stem, "stride", (None,))[0],
         "in_chans": getattr(stem, "in_channels", None),
-        "embed_dim": getattr(backbone, "embed_dim", None),
+        "embed_dim": width,
         "depth": len(blocks),
         "num_heads": getattr(getattr(first, "attn", None), "num_heads", None),
-        "mlp_ratio": hidden and hidden / backbone.embed_dim,
+        "mlp_ratio": hidden and width and hidden / width,
         "global_pool": getattr(backbone, "global_pool", None),
         "reg_tokens": getattr(backbone, "num_reg_tokens", None),
         "drop_path_rate": getattr(getattr(last, "drop_path1", None), "drop_prob", 0.0),

@@ -125,9 +125,20 @@ def with_experts(
     backbone.reset_classifier(0)
     dim, patch = backbone.num_features, _patch_size(backbone)
     like = backbone.patch_embed.proj.weight  # heads follow the backbone's device and dtype
-    fresh_head = partial(make_head, dim=dim, patch_size=patch[0], width=head_width)
+    fresh_head = partial(image_head, dim=dim, patch_size=patch[0], width=head_width)
     heads = {task.name: fresh_head(task).to(like) for task in tasks}
     return MultiTaskModel(backbone, tasks, heads, context, vit_features, fresh_head)
+
+
+def image_head(task: Task, dim: int, patch_size: int, width: int) -> nn.Module:
+    """A fresh head for images, on features of width `dim`.
+
+    Raises:
+        ValueError: a task of tokens, which images have none of.
+    """
+    if task.kind == "tagging":
+        raise ValueError(f"tasks: {task.name!r} is of kind tagging, which texts have; of pixels: Task.segmentation")
+    return make_head(task, dim, patch_size, width)
 
 
 def vit_features(backbone: Timm, x: Tensor) -> Features:
@@ -219,13 +230,15 @@ def dense_mlp(mlp: Timm) -> tuple[Weights, dict[str, Any]]:
 def _find_blocks(backbone: Timm) -> list[tuple[str, Timm]]:
     stem = getattr(getattr(backbone, "patch_embed", None), "proj", None)
     plain = isinstance(stem, nn.Conv2d) and stem.kernel_size == stem.stride and stem.stride[0] == stem.stride[1]
+    plain = plain and not hasattr(backbone.patch_embed, "backbone")  # a hybrid's patches are of a network's maps
     if isinstance(getattr(backbone, "blocks", None), nn.Sequential | nn.ModuleList) and plain:
         found = [(f"blocks.{i}", block) for i, block in enumerate(backbone.blocks)]
         if found and all(isinstance(getattr(block, "mlp", None), nn.Module) for _, block in found):
             return found
     raise ValueError(
         f"backbone: {type(backbone).__name__} is not a plain vision transformer: expected timm's `patch_embed.proj` "
-        "(square patches that do not overlap) and `blocks` with an `mlp` each (ViT, DeiT, EVA, BEiT and their kin)"
+        "(square patches of the image that do not overlap) and `blocks` with an `mlp` each (ViT, DeiT, EVA, BEiT and "
+        "their kin)"
     )
 
 
