@@ -36,7 +36,11 @@ class ViTConfig:
         class_token: pool from a class token rather than the mean of the patches.
         mlp_ratio: hidden width of a dense MLP over d.
         head_width: feature maps of the dense heads.
-        drop_path: rate of stochastic depth at the last block.
+        drop_path: rate of stochastic depth at the last block, 0 to below 1.
+
+    Raises:
+        ValueError: a size that is no whole number above 0, an image that is no whole number of patches, or a rate out
+            of range.
     """
 
     image_size: int | Sequence[int] = 64
@@ -48,6 +52,23 @@ class ViTConfig:
     mlp_ratio: float = 4.0
     head_width: int = 16
     drop_path: float = 0.0
+
+    def __post_init__(self):
+        for name in ("patch_size", "dim", "depth", "num_heads"):
+            _check_count(name, getattr(self, name), 1)
+        size = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        whole = isinstance(size, Sequence) and all(isinstance(n, int) and n > 0 for n in size)
+        if not whole or len(size) != 2 or any(n % self.patch_size for n in size):
+            raise ValueError(
+                f"image_size: got {self.image_size!r}, expected pixels, or height and width, each a multiple of "
+                f"patch_size={self.patch_size}"
+            )
+        if self.dim % self.num_heads:
+            raise ValueError(f"num_heads: got {self.num_heads}, expected a divisor of dim={self.dim}")
+        if not round(self.dim * self.mlp_ratio) >= 1:
+            raise ValueError(f"mlp_ratio: got {self.mlp_ratio}, which leaves no hidden unit of dim={self.dim}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path: got {self.drop_path}, expected 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +95,15 @@ class ViTMoEConfig(ViTConfig):
     blocks: Sequence[int] | None = None
     decoder: int = 0
     hidden_ratio: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_count("decoder", self.decoder, 0)
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: got {value!r}, expected a whole number, at least {least}")
 
 
 MICRO: dict[str, Any] = {"dim": 96}

@@ -55,6 +55,34 @@ def test_autocast_takes_images_of_another_precision(name):
         assert np.abs(found[task].detach().float().numpy() - y.detach().numpy()).max() < 0.05
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"image_size": 60}, "image_size: got 60, expected pixels, .* a multiple of patch_size=8"),
+        ({"image_size": (64,)}, r"image_size: got \(64,\)"),
+        ({"image_size": "64"}, "image_size: got '64'"),
+        ({"image_size": [64, 60]}, r"image_size: got \[64, 60\]"),
+        ({"image_size": 64.0}, "image_size: got 64.0"),
+        ({"patch_size": 0}, "patch_size: got 0, expected a whole number, at least 1"),
+        ({"dim": 32.0}, "dim: got 32.0"),
+        ({"depth": -1}, "depth: got -1"),
+        ({"num_heads": 5}, "num_heads: got 5, expected a divisor of dim=32"),
+        ({"mlp_ratio": 0}, "mlp_ratio: got 0, which leaves no hidden unit of dim=32"),
+        ({"drop_path": 1.5}, "drop_path: got 1.5, expected 0 to below 1"),
+        ({"drop_path": float("nan")}, "drop_path: got nan"),
+        ({"decoder": -1}, "decoder: got -1, expected a whole number, at least 0"),
+        ({"every": 1.5}, "every: got 1.5, expected 1 to 2"),
+        ({"blocks": 1}, "blocks: got 1, expected a list of block numbers from -2 to 1"),
+        ({"blocks": [0.5]}, r"blocks: got \[0.5\]"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_sizes_that_make_no_model_are_refused_before_it_is_trained(options, message):
+    sizes = {"dim": 32, "depth": 2, "experts": 3, "k": 2}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        create_model("m3vit_micro", tasks=TASKS, **{**sizes, **options})
+
+
 OWN = ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
 
 

@@ -1,7 +1,7 @@
 """Sparse upcycling: the MLP of any library, as weights, to the layer of task-gated experts in its place."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -118,16 +118,16 @@ def chosen_blocks(count: int, every: int, blocks: Sequence[int] | None) -> list[
         ValueError: `every` or `blocks` is out of range for a backbone of `count` blocks, or `blocks` is empty.
     """
     if blocks is None:
-        if not 1 <= every <= count:
-            raise ValueError(f"every: got {every}, expected 1 to {count} for a backbone of {count} blocks")
+        if not hasattr(every, "__index__") or not 1 <= every <= count:
+            raise ValueError(f"every: got {every!r}, expected 1 to {count} for a backbone of {count} blocks")
         return list(range(every - 1, count, every))
-    chosen = sorted({i + count if i < 0 else i for i in blocks})
-    if not chosen or chosen[0] < 0 or chosen[-1] >= count:
+    numbers = list(blocks) if isinstance(blocks, Iterable) else []
+    if not numbers or not all(hasattr(i, "__index__") and -count <= i < count for i in numbers):
         raise ValueError(
-            f"blocks: got {list(blocks)}, expected block numbers from {-count} to {count - 1}: the backbone has "
+            f"blocks: got {blocks!r}, expected a list of block numbers from {-count} to {count - 1}: the backbone has "
             f"{count} blocks"
         )
-    return chosen
+    return sorted({i % count for i in numbers})
 
 
 @torch.no_grad()
