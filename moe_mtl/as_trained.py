@@ -1,7 +1,7 @@
 """Tables read with the columns and classes of a trained model, and what tells that a table is no longer what it was.
 
 A table fits its columns to its own training rows: the ids of categories and classes in another file, or in the same one
-after a change, mean something else to a model.
+after a change, mean something else to a model. Labels of pictures and texts must be numbered as the model's are.
 """
 
 import hashlib
@@ -32,10 +32,12 @@ def read_splits(model: Any, data: Any, *names: str) -> list[Any]:
 
     Raises:
         ValueError: an unknown split or one without rows; a column the model needs is missing; a label is of another
-            kind than the model's task or has a class that it does not know.
+            kind than the model's task or has a class that it does not know; other data as `check_labels`
+            says.
     """
     columns = columns_of(model)
     if columns is None or not isinstance(data, TableData):
+        check_labels(model, data)
         return [data.split(name) for name in names]
     found = (_with_kinds(data, model.tasks) if isinstance(data, Table) else data).source()
     return [_read_split(found, columns, model.tasks, name) for name in names]
@@ -46,6 +48,29 @@ def columns_of(model: Any) -> tuple[Column, ...] | None:
     config = getattr(model, "config", None)  # that of a model of one's own may be anything
     columns = config.get("args", {}).get("columns") if isinstance(config, Mapping) else None
     return None if columns is None else read_columns(columns)
+
+
+def check_labels(model: Any, data: Any) -> None:
+    """Refuses data whose labels are of another kind, of another number of classes or values, or of classes in another
+    order than those of the model's tasks of the same names.
+
+    Raises:
+        ValueError: names the first task that differs.
+    """
+    known = {task.name: task for task in data.task_list()}
+    for task in model.tasks:
+        found = known.get(task.name, task)
+        for what, ours, theirs in (("kind", task.kind, found.kind), ("channels", task.channels, found.channels)):
+            if ours != theirs:
+                raise ValueError(
+                    f"data: task {task.name!r} has {what} {theirs!r}, in the model {ours!r}; give it labels as the "
+                    "model has them, or another name"
+                )
+        if found.classes != task.classes and set(found.classes) & set(task.classes):  # others are names of one's own
+            raise ValueError(
+                f"data: task {task.name!r} has the classes {found.classes}, in the model {task.classes}; number them "
+                "as the model does"
+            )
 
 
 def check_columns(model: Any, data: Any) -> None:

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from moe_mtl import checkpoint as checkpoints
 from moe_mtl import hub, regularizers
-from moe_mtl.as_trained import check_columns, fingerprint, first_change
+from moe_mtl.as_trained import check_columns, check_labels, fingerprint, first_change
 from moe_mtl.balancing import create_balancer
 from moe_mtl.batches import in_order, one_task_each, training_order
 from moe_mtl.data import collate, load_tokenizer
@@ -97,6 +97,7 @@ class Trainer:
         if lacking := sorted(set(names) - {task.name for task in data.task_list()}):
             raise ValueError(f"data: has no task {', '.join(lacking)}, which the model predicts")
         check_columns(model, data)
+        check_labels(model, data)
         self.table = fingerprint(data)
         regularizers.check(config.regularizers, config.regularizer_args)
         TaskMetrics(self.trained)  # refuses a metric that does not fit its task now, not at the first evaluation

@@ -1,6 +1,7 @@
-"""Tables of other files, or of a changed one: read with a model's columns and classes, or refused."""
+"""Data of other files, or of a changed one: read with a model's columns and classes, or refused."""
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import moe_mtl
-from moe_mtl import Task
+from moe_mtl import Task, create_model
 from moe_mtl.as_trained import check_columns, fingerprint, first_change, read_splits
 from moe_mtl.checkpoint import latest
 from moe_mtl.data import Table, encode_rows
@@ -107,6 +108,48 @@ def test_the_trainer_refuses_other_ids_and_takes_other_numbers(tmp_path):
         check_columns(model, table(tmp_path / "a.csv", drop=["city"]))
     with pytest.raises(ValueError, match="task 'kind' has the classes"):
         check_columns(model, table(write(tmp_path / "d.csv", kinds=("b", "c", "d"))))
+
+
+@dataclass
+class Pictures:
+    tasks: tuple[Task, ...]
+
+    def task_list(self):
+        return self.tasks
+
+    def split(self, name):
+        return [{"image": torch.rand(3, 16, 16), "scene": 0, "steep": 0.0}]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_classes": 2}, "data: task 'scene' has channels 2, in the model 3; give it labels"),
+        (
+            {"classes": ("b", "a", "c")},
+            r"data: task 'scene' has the classes \('b', 'a', 'c'\), in the model \('a',",
+        ),
+    ],
+)
+def test_pictures_with_labels_of_another_meaning_are_refused(change, message):
+    scene = {"name": "scene", "num_classes": 3, "classes": ("a", "b", "c")}
+    mine = (Task.classification(**scene), Task.regression("steep"))
+    sizes = {"image_size": 16, "dim": 16, "depth": 2, "num_heads": 2}
+    model = create_model("shared_bottom_micro", tasks=mine, **sizes)
+    fitting = Pictures((*mine, Task.depth()))
+    unnamed = Pictures((Task.classification("scene", 3), Task.binary("more")))  # names are for reports
+    for data in (fitting, unnamed):
+        assert len(read_splits(model, data, "train", "test")) == 2
+    Trainer(model, fitting, config(None))
+    if "classes" not in change:
+        scene.pop("classes")
+    other = Pictures((Task.classification(**{**scene, **change}), Task.regression("steep")))
+    with pytest.raises(ValueError, match=message):
+        read_splits(model, other, "test")
+    with pytest.raises(ValueError, match=message):
+        Trainer(model, other, config(None))
+    with pytest.raises(ValueError, match="data: task 'steep' has kind 'binary', in the model 'regression'"):
+        read_splits(model, Pictures((Task.binary("steep"),)), "test")
 
 
 def test_a_changed_table_is_not_gone_on_with(tmp_path):
