@@ -1,5 +1,6 @@
 """Models on backbones of timm by name; and what `moefy` makes of one has such a name, or it is said why not."""
 
+import re
 from functools import partial
 
 import pytest
@@ -19,6 +20,9 @@ NAMED = {
     "vit": ("vit_tiny_patch16_224", {}),
     "registers": ("vit_tiny_patch16_224", {"reg_tokens": 2, "no_embed_class": True}),
     "pooled": ("vit_tiny_patch16_224", {"global_pool": "avg", "dynamic_img_size": True, "drop_path_rate": 0.1}),
+    "dropping": ("vit_tiny_patch16_224", {"drop_rate": 0.1, "pos_drop_rate": 0.2, "attn_drop_rate": 0.3}),
+    "no class token": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
+    "eva dropping": ("eva02_tiny_patch14_224", {"drop_rate": 0.1, "attn_drop_rate": 0.2}),
     "one channel": ("vit_tiny_patch16_224", {"in_chans": 1, "mlp_ratio": 2.0}),
     "deit": ("deit_tiny_distilled_patch16_224", {}),
     "eva": ("eva02_tiny_patch14_224", {}),
@@ -81,10 +85,11 @@ def test_every_option_of_moefy_is_kept(gate, k, hidden, tmp_path):
 
 
 @pytest.mark.parametrize("why", UNNAMED)
-def test_options_that_cannot_be_read_off_leave_it_unnamed_and_say_which(why, tmp_path):
+def test_options_that_cannot_be_read_off_leave_it_unnamed_and_say_which(why, tmp_path, capsys):
     options, message = UNNAMED[why]
     model = moefy(backbone("vit_tiny_patch16_224", options), TASKS, experts=2, k=1)
     assert not hasattr(model, "config") and model(images())
+    assert re.search(rf"moefy: moe_mtl.save will not take the model: .*{message}", capsys.readouterr().err)
     with pytest.raises(ValueError, match=rf"built again as timm's 'vit_tiny_patch16_224' with .*, its .*{message}"):
         save(model, tmp_path / "m")
     assert not (tmp_path / "m").exists()
@@ -108,6 +113,17 @@ def test_what_was_changed_after_it_was_made_is_seen():
         change(vit)
         with pytest.raises(ValueError, match=message):
             describe_vit(vit)
+
+
+def test_how_attention_is_computed_is_no_part_of_the_architecture(tmp_path):
+    vit = backbone(*NAMED["vit"])
+    for block in vit.blocks:
+        block.attn.fused_attn = not block.attn.fused_attn
+    vit.set_grad_checkpointing(True)
+    model = moefy(vit, TASKS, experts=2, k=1).eval()
+    again, x = load(save(model, tmp_path)), images()
+    for task, prediction in model(x).items():
+        torch.testing.assert_close(again(x)[task], prediction)
 
 
 def test_only_options_that_differ_are_named_and_nothing_random_is_drawn():

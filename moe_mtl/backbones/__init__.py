@@ -62,8 +62,8 @@ def moefy(
 
     Returns:
         The model. How many parameters the backbone had and has is printed to stderr. `moe_mtl.save` takes it; of a
-        timm model only if its architecture can be built again from the name timm gave it and options read off it. The
-        `colours` of a timm model, mean and std, are kept for `moe_mtl.Predictor`.
+        timm model only if its architecture can be built again from the name timm gave it and options read off it, and
+        stderr says why where it cannot. The `colours` of a timm model, mean and std, are kept for `moe_mtl.Predictor`.
 
     Raises:
         ValueError: no model, a structure this adapter does not know, block numbers out of range, a task that its inputs
@@ -95,6 +95,7 @@ def moefy(
         model.colours = Colours.of(known.get("mean"), known.get("std"))
         if isinstance(names, str):
             model.unnamed = names
+            print(f"moefy: moe_mtl.save will not take the model: {names}", file=sys.stderr)
         else:
             how = {"every": every, "blocks": None if blocks is None else list(blocks), "head_width": head_width}
             how |= {name: list(values) for name, values in model.colours._asdict().items()}

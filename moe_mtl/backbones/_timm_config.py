@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 Timm = Any  # a module of timm, read by structure: its attributes are not declared
 PLAIN = (bool, int, float, str, type(None))
+# attributes that say how something is computed or was initialised, not what
+HOW = ("fused_attn", "grad_checkpointing", "training", "weight_init_mode")
 
 
 def read_vit(architecture: str, options: Mapping[str, Any]) -> Timm:
@@ -86,11 +88,11 @@ def difference(ours: nn.Module, theirs: nn.Module) -> str | None:
 
 
 def _facts(module: nn.Module | None) -> dict[str, Any]:
-    """The plain attributes of a module: numbers, names, and tuples of them."""
+    """The plain attributes of a module, numbers, names, and tuples of them, that decide what it computes."""
     found = {}
     for key, value in vars(module).items():
         parts = value if isinstance(value, tuple | list) else (value,)
-        if not key.startswith("_") and key != "training" and all(isinstance(part, PLAIN) for part in parts):
+        if not key.startswith("_") and key not in HOW and all(isinstance(part, PLAIN) for part in parts):
             found[key] = value
         elif isinstance(value, Tensor):
             found[key] = list(value.shape)
@@ -127,7 +129,11 @@ def _options(backbone: Timm) -> dict[str, Any]:
         "global_pool": getattr(backbone, "global_pool", None),
         "reg_tokens": getattr(backbone, "num_reg_tokens", None),
         "drop_path_rate": getattr(getattr(last, "drop_path1", None), "drop_prob", 0.0),
+        "class_token": getattr(backbone, "has_class_token", None),
         "no_embed_class": getattr(backbone, "no_embed_class", None),
+        "drop_rate": getattr(getattr(backbone, "head_drop", None), "p", None),
+        "pos_drop_rate": getattr(getattr(backbone, "pos_drop", None), "p", None),
+        "attn_drop_rate": getattr(getattr(getattr(first, "attn", None), "attn_drop", None), "p", None),
         "dynamic_img_size": getattr(backbone, "dynamic_img_size", None),
     }
     return {name: value for name, value in found.items() if value is not None and isinstance(value, (*PLAIN, list))}
