@@ -12,6 +12,7 @@ What comes out is a model folder: `moe_mtl.load("runs/short")`, `python eval.py 
 """
 
 import argparse
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -84,7 +85,7 @@ def train(name: str, model_config: ModelConfig, data: Any, config: TrainerConfig
         print(f"starts from the {start.step} steps of {model_config.start}")
     print(f"{config.steps} steps on {trainer.device}, {'bf16 autocast' if trainer.bf16 else 'fp32'}, into {config.out}")
     trainer.fit()
-    print(f"model: {config.out}\nscore it: python eval.py {config.out}")
+    print(f"model: {config.out}\nscore it: python eval.py {shlex.quote(config.out)}")
 
 
 def recipe_name(argv: list[str]) -> tuple[str, list[str]]:
