@@ -451,6 +451,7 @@ def test_label_drop_takes_labels_at_its_rate_and_leaves_pictures():
     [
         ({"size": 4}, "size: got 4"),
         ({"num_val": -1}, "num_val: got -1"),
+        ({"noise": float("nan")}, "noise: got nan"),
         ({"rho": 1.5}, "rho: got 1.5"),
         ({"kappa": 0.3}, "kappa: got 0.3, expected 0, 0.25"),
         ({"max_objects": 7}, "max_objects: got 7"),

@@ -284,6 +284,9 @@ def test_two_digits_by_hand(mnist):
 
 
 def test_mnist_problems(mnist):
+    for options, message in (({"limit": -1}, "limit: got -1"), ({"limit": 0}, "limit: got 0"), ({"seed": -1}, "seed")):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            MultiMNIST(root=str(mnist), **options)
     with pytest.raises(ValueError, match="root: name the folder with the MNIST files"):
         MultiMNIST().split("train")
     path = mnist / "train-images-idx3-ubyte.gz"

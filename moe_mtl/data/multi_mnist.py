@@ -36,11 +36,20 @@ class MultiMNIST:
         root: folder with the four MNIST files, as they are or gzipped.
         seed: of the partners.
         limit: pictures per split at most; all when None.
+
+    Raises:
+        ValueError: a negative seed, or a limit below 1.
     """
 
     root: str | None = None
     seed: int = 0
     limit: int | None = None
+
+    def __post_init__(self):
+        if self.seed < 0:
+            raise ValueError(f"seed: got {self.seed}, expected 0 or more")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit: got {self.limit}, expected at least 1, or None for all")
 
     def task_list(self) -> tuple[Task, ...]:
         """The two digits."""

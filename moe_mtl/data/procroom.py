@@ -17,6 +17,7 @@ workers change nothing, bit for bit, and a data set takes no disk. Labels are re
 An object is in view when at least 12 pixels of a 64 x 64 image (the same share of other sizes) show it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -94,7 +95,7 @@ class ProcRoom:
         if self.size < 8:
             raise ValueError(f"size: got {self.size}, expected at least 8 pixels")
         for name in ("seed", "num_train", "num_val", "num_test", "noise"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 or more")
         for name in ("rho", "decoy", "kappa"):
             if not 0 <= getattr(self, name) <= 1:
