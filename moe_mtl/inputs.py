@@ -81,8 +81,9 @@ def reader_of(model: Any, tokenizer: Any = None, truncate: bool = False) -> Read
 class ImageReader:
     """Pictures: PIL images, arrays, tensors, paths of files; one, or a list or stack of them.
 
-    Colours are 0..1, uint8 is divided by 255, then `mean` is subtracted and the rest divided by `std`. A picture of
-    another size is resized, bilinear with antialiasing, to the model's, whatever its proportions.
+    Photographs are turned upright, as their EXIF data say. Colours are 0..1, uint8 is divided by 255, then `mean` is
+    subtracted and the rest divided by `std`. A picture of another size is resized, bilinear with antialiasing, to the
+    model's, whatever its proportions.
 
     Attributes:
         size: height and width in pixels.
@@ -147,6 +148,8 @@ class ImageReader:
                     value = ImageOps.exif_transpose(file)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise ValueError(f"{where}: {value} cannot be read as a picture ({error})") from error
+        elif isinstance(value, Image.Image):
+            value = ImageOps.exif_transpose(value)
         image = to_image(value, where)
         if not image.numel():
             raise ValueError(f"{where}: got a picture of shape {list(image.shape)}, without pixels")

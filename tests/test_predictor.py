@@ -87,6 +87,9 @@ def test_the_side_of_a_photograph_that_is_up_is_up(predict, rooms, tmp_path):
     turned.save(tmp_path / "turned.png", exif=exif)
     expected = predict(upright, "depth", raw=True)["depth"]
     torch.testing.assert_close(predict(tmp_path / "turned.png", "depth", raw=True)["depth"], expected)
+    with Image.open(tmp_path / "turned.png") as opened:
+        torch.testing.assert_close(predict(opened, "depth", raw=True)["depth"], expected)
+        assert predict(opened, "depth")["depth"].shape == upright.size[::-1]
 
 
 def test_grey_pictures_are_repeated_and_a_backbones_own_scale_is_used():
