@@ -418,3 +418,15 @@ def test_real_statistics():
     wall, error, normal = real_statistics(1)
     assert wall == pytest.approx(0.301, abs=0.005) and error == pytest.approx(0.987, abs=0.005)
     assert normal["floor"][1] < -0.9 and normal["ceiling"][1] > 0.7
+
+
+def test_a_folder_that_was_mended_is_read_anew(tmp_path):
+    root = write(tmp_path, {name: data for name, data in FILES.items() if name != "nyu_depths/4.png"})
+    with pytest.raises(ValueError, match=r"nyu_depths\.tar lacks 1 of 4 frames"):
+        NYUv2(root=root, augment=False).split("train")
+    write(tmp_path)
+    first = NYUv2(root=root, augment=False).split("train")[0]
+    assert first["depth"].isfinite().all()
+    flat = encoded(np.full((480, 640), 51, np.uint8), "png")  # 2 metres
+    write(tmp_path, {name: flat if name.startswith("nyu_depths") else data for name, data in FILES.items()})
+    assert_close(NYUv2(root=root, augment=False).split("train")[0]["depth"], torch.full_like(first["depth"], 2.0))

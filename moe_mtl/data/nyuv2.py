@@ -171,7 +171,8 @@ class _Load:
         config, box = self.config, (BOX[3] - BOX[1], BOX[2] - BOX[0])
         scale = config.max_scale if self.augment else 1.0
         sizes = zip((config.height, config.width), box, strict=True)
-        return _frames(config.root, *(max(n, min(math.ceil(n * scale), most)) for n, most in sizes))
+        height, width = (max(n, min(math.ceil(n * scale), most)) for n, most in sizes)
+        return _frames(config.root, height, width, _changed(config.root))
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Tensor]]:
         frames = self.frames()
@@ -396,7 +397,13 @@ def _frame_normals(depth: Image.Image) -> np.ndarray:
     return normals.permute(1, 2, 0).half().numpy()
 
 
+def _changed(root: str) -> tuple[int, ...]:
+    """When each part of a folder was written last: of a folder that was mended nothing is remembered."""
+    places = [Path(root) / f"{part}{end}" for part in PARTS for end in ("", ".tar")]
+    return tuple(place.stat().st_mtime_ns for place in places if place.exists())
+
+
 @lru_cache(maxsize=8)
-def _frames(root: str, height: int, width: int) -> _Frames:
+def _frames(root: str, height: int, width: int, changed: tuple[int, ...]) -> _Frames:
     """The frames of a folder at one size, shared by all splits and configurations of this process."""
     return _Frames(root, height, width)
