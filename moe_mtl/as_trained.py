@@ -44,10 +44,10 @@ def read_splits(model: Any, data: Any, *names: str) -> list[Any]:
 
 
 def columns_of(model: Any) -> tuple[Column, ...] | None:
-    """The columns a model of tables was made with; None of other models."""
+    """The columns a model of tables was made with; None of other models, also where the option is empty."""
     config = getattr(model, "config", None)  # that of a model of one's own may be anything
     columns = config.get("args", {}).get("columns") if isinstance(config, Mapping) else None
-    return None if columns is None else read_columns(columns)
+    return read_columns(columns) if columns else None
 
 
 def check_labels(model: Any, data: Any) -> None:

@@ -1,11 +1,14 @@
 """What models of images refuse, and the colours they are made for."""
 
+import copy
+
 import numpy as np
 import pytest
 import timm
 import torch
 
 from moe_mtl import Predictor, create_model, extract, finetune, load, moefy, save
+from moe_mtl.as_trained import read_splits
 from moe_mtl.images import AS_THEY_ARE
 from moe_mtl.tasks import Task
 from moe_mtl.trainer import Trainer
@@ -150,6 +153,18 @@ def test_a_model_trained_on_scaled_colours_keeps_its_scale(capsys):
 def test_training_some_tasks_changes_no_colours_of_the_others(capsys):
     model = finetune(moefied(), rows(), tasks=["left"], steps=1, progress=False)
     assert model.colours == OWN and "scale these, or the tasks learn from other colours" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_model_is_trained_tuned_and_scored_on_pictures(name):
+    model, x = model_and_images(name)
+    data = Rows({**row, "image": row["image"][: x.shape[1]]} for row in rows())
+    before = copy.deepcopy(model.state_dict())
+    train(model, data)
+    assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert finetune(model, list(data), train="all", steps=1, progress=False).finetuning.steps == 1
+    (samples,) = read_splits(model, data, "test")
+    assert len(samples) == len(data)
 
 
 @pytest.mark.parametrize("name", ["timm_moe", "timm_shared_bottom", "timm_single_task"])
