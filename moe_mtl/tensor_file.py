@@ -47,6 +47,8 @@ class Entry:
 class TensorFile:
     """A safetensors file, open for reading. It stays the file it was if another is moved into its place.
 
+    Processes forked from one that has it open may read at the same time: no read moves a position that they share.
+
     Args:
         path: a complete file; `moe_mtl.hub.read_config` refuses others.
 
@@ -83,21 +85,21 @@ class TensorFile:
         if tuple(out.shape) != shape:
             raise ValueError(f"out: got {list(out.shape)} for {name} of {list(shape)}")
         flat, width = out.detach().view(-1), entry.dtype.itemsize
-        self._file.seek(entry.start + (index or 0) * flat.numel() * width)
+        start = entry.start + (index or 0) * flat.numel() * width
         if out.dtype == entry.dtype:
-            self._fill(flat, name)
+            self._fill(flat, start, name)
             return
         staged = torch.empty(min(PIECE, flat.numel()), dtype=entry.dtype)
-        for piece in flat.split(PIECE):
-            self._fill(staged[: len(piece)], name)
+        for at, piece in enumerate(flat.split(PIECE)):
+            self._fill(staged[: len(piece)], start + at * PIECE * width, name)
             piece.copy_(staged[: len(piece)])
 
-    def _fill(self, flat: Tensor, name: str) -> None:
-        """Reads as many bytes as a flat tensor has."""
+    def _fill(self, flat: Tensor, start: int, name: str) -> None:
+        """Reads as many bytes as a flat tensor has, from a place in the file on."""
         array: Any = flat.view(torch.uint8).numpy()
         view, done = memoryview(array), 0
         while done < len(view):
-            count = self._file.readinto(view[done:])
+            count = os.preadv(self._file.fileno(), [view[done:]], start + done)
             if not count:
                 raise ValueError(f"{self.path} ends within {name}: it was changed while it was in use; load it again")
             done += count

@@ -203,3 +203,13 @@ def test_banks_of_shapes_take_no_memory():
         bank = ExpertBank(1000, 4096, 4096)  # 134 GB
     assert bank.w1.is_meta and bank.w1.shape == (1000, 4096, 4096)
     assert not ExpertBank(2, 4, 4).w1.is_meta
+
+
+def test_reads_move_no_position_that_processes_could_share(tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_mtl.tensor_file.PIECE", 5)
+    save_file({"a": torch.randn(3, 4).bfloat16(), "b": torch.randn(6)}, tmp_path / "t")
+    file = TensorFile(tmp_path / "t")
+    before = file._file.tell()
+    for name, dtype in (("a", torch.bfloat16), ("a", torch.float32), ("b", torch.float32)):
+        file.read(name, torch.zeros(file.entries[name].shape, dtype=dtype))
+    assert file._file.tell() == before  # a forked process that reads meanwhile would move it
