@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, get_args
 
 from moe_mtl.calibration import grouped, measure
 from moe_mtl.distilling import distill
+from moe_mtl.folded import FoldedMoE
 from moe_mtl.multitask import MultiTaskModel, SingleTaskSet, count_rows, evaluating, move
 from moe_mtl.samples import read_samples
 from moe_mtl.scoring import TaskMetrics, multi_task_gain
@@ -143,9 +144,11 @@ def prune(
         check_mass(mass)
     elif experts is not None:
         may, fits = _until_experts(whole, held, experts)
-    elif budget is not None:
-        may, fits = _until_parameters(whole, held, budget)
-    small, kept, measured = whole.for_tasks([task.name for task in whole.tasks]), held, None
+    names = [task.name for task in whole.tasks]
+    size, each = _sizes(finished(whole.for_tasks(names), fold=fold))
+    if budget is not None:
+        may, fits = _until_parameters(whole, held, budget, size, each)
+    small, kept, measured = whole.for_tasks(names), held, None
     if held:
         measured = measure(whole, calibration, model.tasks, calls=by == "output")
         cost = by_usage(measured.mass) if by == "usage" else by_output(whole.moe_layers, measured.calls)
@@ -158,7 +161,7 @@ def prune(
     small.extraction = Pruning(
         layers=small.extraction.layers,
         by=by,
-        whole=_parameters(whole),
+        whole=size,
         parameters=_parameters(small),
         updates=updates if recover is not None and kept != held else 0,
         lacking=lacking,
@@ -205,13 +208,24 @@ def _until_experts(model: Any, held: Kept, experts: int | Mapping[str, int]) -> 
     return may, lambda kept, name, e: len(kept[name]) > left[name]
 
 
-def _until_parameters(model: Any, held: Kept, budget: float) -> tuple[Check, Check]:
-    """Whether the budget can be met without an expert, and whether it is not met with it.
+def _sizes(extracted: Any) -> tuple[int, dict[str, int]]:
+    """The parameters of a model as `extract` gives it, and by layer those that go with each of its experts.
+
+    Where the experts are one MLP, folded, they share an output bias.
+    """
+    each = {}
+    for name, layer in getattr(extracted, "moe_layers", {}).items():
+        shared = layer.experts.b2.numel() if isinstance(layer, FoldedMoE) and layer.experts.b2 is not None else 0
+        each[name] = (_parameters(layer.experts) - shared) // len(layer.kept_experts)
+    return _parameters(extracted), each
+
+
+def _until_parameters(model: Any, held: Kept, budget: float, size: int, each: Mapping[str, int]) -> tuple[Check, Check]:
+    """Whether the budget can be met without an expert, and whether it is not met with it; sizes as `_sizes` has them.
 
     Raises:
         ValueError: neither a number of parameters nor a share, or less than any choice of experts leaves.
     """
-    size = _parameters(model)
     share = isinstance(budget, float)
     if isinstance(budget, bool) or not 0 < budget <= (1 if share else math.inf):
         raise ValueError(
@@ -219,7 +233,6 @@ def _until_parameters(model: Any, held: Kept, budget: float) -> tuple[Check, Che
         )
     target = budget * size if share else budget
     wanted = {name: needs(model.moe_layers[name]) for name in held}
-    each = {name: _parameters(model.moe_layers[name].experts) // len(ids) for name, ids in held.items()}
 
     def left(counts: Mapping[str, float]) -> float:
         return size - sum(each[name] * (len(ids) - counts[name]) for name, ids in held.items())

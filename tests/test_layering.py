@@ -55,7 +55,9 @@ ALLOWED = {
     "thinning": {"calibration"},
     "sparse": {"calibration", "folded", "multitask", "tasks", "thinning"},
     "distilling": {"batches", "multitask", "samples", "trainer_config"},
-    "pruning": {"calibration", "distilling", "multitask", "samples", "scoring", "sparse", "tasks", "thinning"},
+    "pruning": {
+        *("calibration", "distilling", "folded", "multitask", "samples", "scoring", "sparse", "tasks", "thinning"),
+    },
     "similarity": {"batches", "data", "heads", "multitask", "tasks", "vector"},
     "samples": {"as_trained", "batches", "data", "multitask", "tasks"},
     "new_experts": {"diagnostics", "expert_stack", "multitask", "vector"},

@@ -75,6 +75,19 @@ def test_a_budget_is_met_and_no_expert_more_than_needed_goes(by):
         prune(model, "depth", [x], budget=smallest - 1, by=by)
 
 
+@pytest.mark.parametrize("gate", ["assigned", "dselect_k", "task_level"])
+def test_a_budget_is_of_what_extraction_leaves_where_gates_go_too(gate):
+    model, x = tiny(gate), images()
+    whole = count_parameters(extract(model, "depth"))
+    bank = model.moe_layers["blocks.0"].experts
+    each = sum(p[0].numel() for p in (bank.w1, bank.b1, bank.w2))
+    assert prune(model, "depth", [x], budget=1.0).extraction.whole == whole
+    report = prune(model, "depth", [x], budget=whole - 1).extraction
+    assert (report.whole, report.parameters) == (whole, whole - each)  # one expert, without the bias that all share
+    with pytest.raises(ValueError, match=f"of the {whole:,} that extract leaves"):
+        prune(model, "depth", [x], budget=1)
+
+
 def test_by_usage_the_least_used_of_all_layers_go_first():
     model, x = tiny(), images()
     mass = {name: (m / m.sum(1, keepdim=True)).amax(0) for name, m in used(model, x, ["tilt"]).items()}
