@@ -100,14 +100,22 @@ def needs(layer: Any) -> list[set[int]]:
 
 
 def fewest(wanted: Sequence[set[int]], kept: Sequence[int]) -> float:
-    """The size of the smallest choice among the kept that has one of each set; infinite where there is none."""
-    sets = [s & set(kept) for s in wanted]
-    if not all(sets):
+    """The size of the smallest choice among the kept that has one of each set; infinite where there is none.
+
+    Sets that hold another one ask for nothing more, and those that share no expert are chosen from apart, which leaves
+    few to be tried in every way.
+    """
+    sets = {frozenset(s & set(kept)) for s in wanted}
+    if frozenset() in sets:
         return float("inf")
-    return next(size for size in count(1) if _covered(sets, size))
+    groups: list[list[frozenset[int]]] = []
+    for one in (s for s in sets if not any(other < s for other in sets)):
+        near = [group for group in groups if any(one & s for s in group)]
+        groups = [group for group in groups if group not in near] + [[one, *(s for group in near for s in group)]]
+    return sum(next(size for size in count(1) if _covered(group, size)) for group in groups)
 
 
-def _covered(sets: Sequence[set[int]], size: int) -> bool:
+def _covered(sets: Sequence[frozenset[int]], size: int) -> bool:
     """Whether some `size` elements have one of each set."""
     if not sets or size == 0:
         return not sets

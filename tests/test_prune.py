@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from moe_mtl import create_model, extract, load, prune, save
+from moe_mtl import create_model, extract, load, prune, save, thinning
 from moe_mtl.cost import count_parameters
 from moe_mtl.distilling import difference
 from moe_mtl.scoring import TaskMetrics
@@ -158,6 +158,20 @@ def test_every_task_keeps_an_expert():
 )
 def test_fewest(sets, size):
     assert fewest(sets, [0, 1, 2, 3]) == size
+
+
+def test_fewest_of_many_tasks_apart_needs_few_tries(monkeypatch):
+    tries, covered = [], thinning._covered
+
+    def counted(*args):
+        tries.append(args)
+        assert len(tries) < 1000
+        return covered(*args)
+
+    monkeypatch.setattr(thinning, "_covered", counted)
+    apart = [set(range(4 * i, 4 * i + 4)) for i in range(16)]
+    assert fewest([*apart, {0, 1, 2, 3, 4}, {5}], range(64)) == 16  # the one more asks for nothing, {5} narrows a set
+    assert fewest([*apart, {3, 4}], [e for e in range(64) if e != 5]) == 16
 
 
 def test_greedy_order_by_hand():
