@@ -151,6 +151,16 @@ def test_pictures_of_more_than_8_bits_keep_their_greys(tmp_path):
     torch.testing.assert_close(to_image(Image.fromarray(grey[0].numpy())), grey)
     with pytest.raises(ValueError, match=r"^here: got a picture of mode 'I', 32-bit integers of unknown range"):
         to_image(Image.fromarray(wide.astype(np.int32)), "here")
+def test_arrays_of_more_than_8_bits_keep_their_range():
+    grey = np.linspace(0, 65535, 20).astype(np.uint16).reshape(4, 5)
+    expected = torch.from_numpy(grey / np.float32(65535))[None].float()
+    for value in (grey, torch.from_numpy(grey), grey.astype(">u2")):
+        torch.testing.assert_close(to_image(value), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(to_image((grey / 65535).astype(">f4")), expected)
+    with pytest.raises(ValueError, match=r"got torch\.int32, expected uint8 \(0\.\.255\), uint16"):
+        to_image(grey.astype(np.int32))
+    with pytest.raises(ValueError, match=r"x: a picture of mode La cannot become RGB"):
+        to_image(Image.new("La", (2, 2)), "x")
 
 
 def test_inputs_may_have_other_names():

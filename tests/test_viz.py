@@ -1,7 +1,6 @@
 """Patches in their place, colours apart, and figures that show what they are given."""
 
 import io
-import math
 import sys
 
 import matplotlib

@@ -24,6 +24,8 @@ LABEL_AXES = {
     "binary_map": ("h w",),
 }
 
+LARGEST = {torch.uint8: 255, torch.uint16: 65535}  # what is white in pictures of whole numbers
+
 
 def collate(
     samples: Sequence[Mapping[str, Any]] | Mapping[str, Any],
@@ -92,12 +94,12 @@ def collate(
 def to_image(value: Any, where: str = "image") -> Tensor:
     """A picture as float32 [c h w] with 1 or 3 channels.
 
-    PIL images become RGB; 16 bits are divided by 65535, floats ("F") are kept as they are. Arrays and tensors may be
-    [h w], [c h w] or [h w c] (channels first where both could be meant); uint8 is divided by 255, floats are kept as
-    they are.
+    PIL images become RGB. Arrays and tensors may be [h w], [c h w] or [h w c] (channels first where both could be
+    meant). 8 bits are divided by 255 and 16 by 65535, floats are kept as they are.
 
     Raises:
-        ValueError: another shape, or a dtype that is neither uint8 nor float; 32-bit integers, whose range is unknown.
+        ValueError: another shape, a dtype that is neither uint8, uint16 nor float, or a PIL image that has no RGB or
+            holds 32-bit integers, whose range is unknown.
     """
     if isinstance(value, Image.Image):
         value = _pixels(value, where)
@@ -109,10 +111,12 @@ def to_image(value: Any, where: str = "image") -> Tensor:
         image = image.movedim(2, 0)
     elif image.ndim != 3 or shape[0] not in (1, 3):
         raise ValueError(f"{where}: got shape {shape}, expected [h w], [c h w] or [h w c] with 1 or 3 channels")
-    if image.dtype == torch.uint8:
-        return image.float() / 255
+    if image.dtype in LARGEST:
+        return image.float() / LARGEST[image.dtype]
     if not image.is_floating_point():
-        raise ValueError(f"{where}: got {image.dtype}, expected uint8 (0..255) or floating point")
+        raise ValueError(
+            f"{where}: got {image.dtype}, expected uint8 (0..255), uint16 (0..65535) or floating point (0..1)"
+        )
     return image.float()
 
 
@@ -120,18 +124,19 @@ def _pixels(image: Image.Image, where: str) -> NDArray[Any]:
     """A PIL image as an array of three colours; Pillow itself would cut more than 8 bits off at 255.
 
     Raises:
-        ValueError: integers of 32 bits.
+        ValueError: it has no RGB, or holds integers of 32 bits.
     """
     if image.mode == "I":
         raise ValueError(
             f"{where}: got a picture of mode 'I', 32-bit integers of unknown range; scale it to uint8 or to floats of "
             "0 to 1"
         )
-    if image.mode != "F" and not image.mode.startswith("I;16"):
+    if image.mode == "F" or image.mode.startswith("I;16"):
+        return np.stack([np.array(image)] * 3)
+    try:
         return np.array(image.convert("RGB"))
-    values = np.array(image)
-    grey = values if image.mode == "F" else values / np.float32(65535)
-    return np.stack([grey] * 3)
+    except ValueError as error:
+        raise ValueError(f"{where}: a picture of mode {image.mode} cannot become RGB ({error})") from error
 
 
 def _to_tensor(value: Any, where: str) -> Tensor:
@@ -140,6 +145,8 @@ def _to_tensor(value: Any, where: str) -> Tensor:
     try:
         array = np.asarray(value)
         # torch cannot view arrays that run backwards or, without a warning, ones it may not write to.
+        if not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
         if not array.flags.writeable or any(stride < 0 for stride in array.strides):
             array = array.copy()
         return torch.from_numpy(array)
