@@ -81,9 +81,9 @@ def reader_of(model: Any, tokenizer: Any = None, truncate: bool = False) -> Read
 class ImageReader:
     """Pictures: PIL images, arrays, tensors, paths of files; one, or a list or stack of them.
 
-    Photographs are turned upright, as their EXIF data say. Colours are 0..1, uint8 is divided by 255, then `mean` is
-    subtracted and the rest divided by `std`. A picture of another size is resized, bilinear with antialiasing, to the
-    model's, whatever its proportions.
+    Colours are 0..1, uint8 is divided by 255 and uint16 by 65535, then `mean` is subtracted and the rest divided by
+    `std`. Photographs are turned as their EXIF says; those in samples of a data set stay as they are. A picture of
+    another size is resized, bilinear with antialiasing, to the model's, whatever its proportions.
 
     Attributes:
         size: height and width in pixels.
@@ -116,7 +116,13 @@ class ImageReader:
             ValueError: nothing that could be pictures.
         """
         if isinstance(x, Mapping):
-            x = x.get("image")
+            if x.get("image") is None:
+                raise ValueError(f"x: got a dict of {', '.join(map(str, x))}; expected a picture under 'image'")
+            if isinstance(x["image"], Image.Image):
+                return [x], True
+            x = x["image"]
+        if hasattr(x, "iloc"):  # a series, whose numbers in brackets are labels
+            x = list(x)
         if isinstance(x, Tensor | np.ndarray):
             return (x, False) if x.ndim == 4 else ([x], True)
         if isinstance(x, str | Path | Image.Image):
@@ -134,22 +140,22 @@ class ImageReader:
         """
         for start in range(0, len(samples), size):
             numbers = range(start, min(start + size, len(samples)))
-            images = [self.read(samples[i], "x" if len(samples) == 1 else f"x[{i}]") for i in numbers]
-            fitted = torch.stack([self._fit(image) for image in images])
-            yield Batch(numbers, fitted, [tuple(image.shape[-2:]) for image in images])
+            # one after the other: of the large ones only what the model takes is kept
+            read = [self._fit(self.read(samples[i], "x" if len(samples) == 1 else f"x[{i}]")) for i in numbers]
+            yield Batch(numbers, torch.stack([image for image, _ in read]), [size for _, size in read])
 
     def read(self, value: Any, where: str) -> Tensor:
         """A picture in its own size, float32 [c, h, w] of 0..1."""
-        if isinstance(value, Mapping):  # a sample of a data set
+        if isinstance(value, Mapping):  # a sample of a data set, whose pictures are as training reads them
             value = value.get("image")
+        elif isinstance(value, Image.Image):
+            value = ImageOps.exif_transpose(value)
         if isinstance(value, str | Path):
             try:
                 with Image.open(value) as file:
                     value = ImageOps.exif_transpose(file)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise ValueError(f"{where}: {value} cannot be read as a picture ({error})") from error
-        elif isinstance(value, Image.Image):
-            value = ImageOps.exif_transpose(value)
         image = to_image(value, where)
         if not image.numel():
             raise ValueError(f"{where}: got a picture of shape {list(image.shape)}, without pixels")
@@ -165,12 +171,13 @@ class ImageReader:
             image if image.shape[0] == self.channels else torch.einsum("chw,c->hw", image, image.new_tensor(GREY))[None]
         )
 
-    def _fit(self, image: Tensor) -> Tensor:
-        """A picture as the model takes it."""
-        if image.shape[-2:] != self.size:
+    def _fit(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """A picture as the model takes it, and the height and width it had."""
+        height, width = image.shape[-2:]
+        if (height, width) != tuple(self.size):
             image = F.interpolate(image[None], size=self.size, mode="bilinear", antialias=True)[0]
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (image - mean) / std
+        return (image - mean) / std, (height, width)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """Predictor: what a user has in, answers in words out, for pictures, tables and texts; tasks switched for nothing."""
 
+import weakref
+from collections import namedtuple
+
 import numpy as np
 import pandas
 import pytest
@@ -11,6 +14,7 @@ from PIL import Image
 import moe_mtl
 from moe_mtl import Predictor, Task, create_model, moefy
 from moe_mtl.data import Banking77, ProcRoom, Table, encode_rows
+from moe_mtl.inputs import ImageReader
 from moe_mtl.trainer import Trainer, TrainerConfig
 from tests.text_cases import save_encoder, write_banking77
 
@@ -92,6 +96,51 @@ def test_the_side_of_a_photograph_that_is_up_is_up(predict, rooms, tmp_path):
         assert predict(opened, "depth")["depth"].shape == upright.size[::-1]
 
 
+def test_a_photograph_opened_by_the_user_is_turned_too_and_a_sample_stays_as_training_reads_it(predict, rooms):
+    upright = Image.fromarray((rooms[0].movedim(0, 2).numpy() * 255).astype(np.uint8))
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6
+    shown, stored = (predict(picture, "depth")["depth"] for picture in (upright, np.asarray(turned)))
+    assert np.abs(shown - stored).max() > 0.1
+    for found, expected in (
+        (predict(turned, "depth"), shown),
+        (predict({"image": turned}, "depth"), stored),
+        (predict([{"image": turned}], "depth")[0], stored),
+    ):
+        np.testing.assert_allclose(found["depth"], expected, atol=1e-4)
+
+
+def test_deep_pictures_are_those_of_8_bits(predict, tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    expected = predict(grey, "count", raw=True)["count"]
+    for x in (tmp_path / "deep.png", Image.open(tmp_path / "deep.png"), grey.astype(np.uint16) * 257):
+        torch.testing.assert_close(predict(x, "count", raw=True)["count"], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_series_is_read_in_its_order_whatever_its_labels(predict, rooms, tmp_path):
+    for i in range(3):
+        Image.fromarray((rooms[i].movedim(0, 2).numpy() * 255).astype(np.uint8)).save(tmp_path / f"{i}.png")
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    expected = predict(paths, "count")
+    assert predict(pandas.Series(paths, index=[2, 0, 1]), "count") == expected
+    assert predict(pandas.Series(paths, index=list("abc")), "count") == expected
+
+
+def test_of_a_batch_one_picture_at_a_time_is_held_in_its_own_size(predict, monkeypatch):
+    read, held = ImageReader.read, []
+
+    def noted(self, value, where):
+        assert not any(ref() is not None for ref in held)
+        image = read(self, value, where)
+        held.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(ImageReader, "read", noted)
+    large = [np.full((90, 80, 3), i, dtype=np.uint8) for i in range(4)]
+    assert len(predict(large, "count")) == 4 == len(held)
+
+
 def test_grey_pictures_are_repeated_and_a_backbones_own_scale_is_used():
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
@@ -165,6 +214,7 @@ def test_bad_pictures_and_options(predict, rooms, tmp_path):
         (np.zeros((4, 4, 7), dtype=np.uint8), r"x: got shape \[4, 4, 7\]"),
         (np.zeros((4, 4), dtype=np.int32), "got torch.int32, expected uint8"),
         (7, "x: got int, expected PIL images"),
+        ({"picture": rooms[0]}, "x: got a dict of picture; expected a picture under 'image'"),
     ):
         with pytest.raises(ValueError, match=message):
             predict(bad, "count")
