@@ -291,7 +291,14 @@ class TextReader:
             ValueError: neither a text nor a list of texts.
         """
         if isinstance(x, Mapping):
-            x = x.get("text")
+            if not isinstance(x.get("text"), str | list | tuple):
+                raise ValueError(
+                    f"x: got a dict of {', '.join(map(str, x))}; expected a text under 'text'. What a tokenizer wrote "
+                    "is for the model itself"
+                )
+            x = x["text"]
+        if hasattr(x, "columns"):
+            raise ValueError(f"x: got {type(x).__name__}, expected texts; pass its column of them")
         if isinstance(x, str) or (isinstance(x, tuple) and len(x) == 2 and all(isinstance(part, str) for part in x)):
             return [x], True
         try:

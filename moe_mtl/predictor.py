@@ -101,7 +101,8 @@ class Predictor:
         Args:
             x: a sample or a list of them. Pictures: PIL images, arrays, tensors (colours 0..1, or uint8), paths of
                 files. Rows of a table: dicts of values by column, or a data frame. Texts: strings, pairs of strings as
-                tuples, and, in a list, lists of words. Or samples of a data set, dicts with the input under its name.
+                tuples, and, in a list, lists of words. Or samples of a data set, dicts with the input under its name,
+                texts not yet in tokens.
             tasks: names of the tasks to run, those of the predictor when None.
             raw: give the model's predictions instead of answers: tensors of the shapes in `moe_mtl.tasks` without b,
                 maps in the model's size, tags without padding.

@@ -378,6 +378,15 @@ def test_bad_texts_and_tokenizers(texts, tmp_path):
     folder, tokenizer = texts
     predict = Predictor(folder)
     for bad, message in (
+def test_strings_and_tuples_of_other_types_are_texts(texts):
+    predict, Pair = Predictor(texts[0]), namedtuple("Pair", "first second")
+    expected = predict(["play", ("my card", "is lost"), ["play", "yesterday"]])
+    same = [np.str_("play"), Pair("my card", np.str_("is lost")), [np.str_("play"), "yesterday"]]
+    assert (
+        predict(same) == expected and predict(np.array(["play", "play"]), "year")[1] == predict(["play"] * 2, "year")[1]
+    )
+
+
         ("", "x: the text is empty"),
         (["play", 3], r"x\[1\]: got a text of int"),
         (["play", "sing " * 80], r"x\[1\]: the text has 82 tokens, max_length is 64"),
@@ -386,6 +395,12 @@ def test_bad_texts_and_tokenizers(texts, tmp_path):
         with pytest.raises(ValueError, match=message):
             predict(bad)
     cut = Predictor(folder, truncate=True)("sing " * 80, tasks="slots")["slots"]
+        (pandas.DataFrame({"text": ["play"]}), "x: got DataFrame, expected texts; pass its column"),
+        (tokenizer("play", return_tensors="pt"), "x: got a dict of input_ids, .*; expected a text under 'text'"),
+        (
+            {"text": {"input_ids": torch.ones(3), "attention_mask": torch.ones(3)}},
+            "x: got a dict of text; expected a text",
+        ),
     assert len(cut["words"]) == 62
     model = predict.model
     with pytest.raises(ValueError, match="tokenizer: the model reads texts and came without one"):

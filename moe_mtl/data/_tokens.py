@@ -134,7 +134,7 @@ def _text(text: Any, where: str) -> Any:
     parts = [text] if isinstance(text, str) else text
     if not parts or not all(isinstance(part, str) and part.strip() for part in parts):
         raise TextError(f"{where}: the text is empty, or one of its words is; leave it out or write what it says")
-    return text
+    return str(text) if isinstance(text, str) else tuple(text) if pair else list(text)  # also of NumPy's types
 
 
 def _check_room(max_length: int, tokenizer: Tokenizer, pair: bool) -> None:
