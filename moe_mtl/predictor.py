@@ -71,13 +71,14 @@ class Predictor:
         memory: Literal["all", "bounded"] = "all",
     ):
         for name, value in (("batch_size", batch_size), ("threads", threads)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
+            if value is not None and (not hasattr(value, "__index__") or value < 1):
+                raise ValueError(f"{name}: got {value!r}, expected a whole number, at least 1")
         if dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype: got {dtype}, expected torch.bfloat16, torch.float16, or None for the model's own")
         if memory not in MEMORY:
             raise ValueError(f"memory: unknown {memory!r}; {nearest(str(memory), MEMORY)}")
-        if memory == "bounded" and (isinstance(model, nn.Module) or torch.device(device or "cpu").type != "cpu"):
+        where = _device(device)
+        if memory == "bounded" and (isinstance(model, nn.Module) or (where is not None and where.type != "cpu")):
             raise ValueError(
                 "memory: 'bounded' takes the folder or name of a model, whose file is read, and runs on a CPU"
             )
@@ -88,7 +89,7 @@ class Predictor:
             model = load_bounded(folder) if memory == "bounded" else hub.load(folder)
         if not hasattr(model, "tasks") or not hasattr(model, "input"):
             raise ValueError(f"model: got {type(model).__name__}, expected one of create_model, moefy, extract or load")
-        self.model: Any = model if device is None else model.to(device)
+        self.model: Any = model if where is None else model.to(where)
         self.batch_size, self.dtype, self.threads = batch_size, dtype, threads
         self.tasks = tuple(task.name for task in self._chosen(tasks))
         self.reader = reader_of(self.model, tokenizer, truncate)
@@ -115,6 +116,8 @@ class Predictor:
             ValueError: an unknown task, the nearest are listed; or a sample that cannot be read, of which the message
                 says which.
         """
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold: got {threshold}, expected a probability, 0 to 1")
         chosen = self._chosen(self.tasks if tasks is None else tasks)
         samples, single = self.reader.open(x)
         results: list[dict[str, Any]] = [{} for _ in range(len(samples))]
@@ -159,3 +162,17 @@ class Predictor:
     @property
     def _like(self) -> Tensor:
         return next(self.model.parameters())
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    """The device of a name, once something could be put there.
+
+    Raises:
+        ValueError: there is no such device, or none that works.
+    """
+    if device is None:
+        return None
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: got {str(device)!r}, which cannot be used here ({error})") from error

@@ -227,6 +227,8 @@ def test_bad_pictures_and_options(predict, rooms, tmp_path):
     for options, message in (
         ({"batch_size": 0}, "batch_size: got 0"),
         ({"threads": 0}, "threads: got 0"),
+        ({"batch_size": 2.5}, r"batch_size: got 2\.5, expected a whole number"),
+        ({"device": "gpu"}, "device: got 'gpu', which cannot be used here"),
         ({"dtype": torch.int8}, r"dtype: got torch\.int8"),
         ({"memory": "bound"}, "memory: unknown 'bound'; did you mean 'bounded'"),
         ({"memory": "bounded"}, "memory: 'bounded' takes the folder"),
@@ -234,6 +236,8 @@ def test_bad_pictures_and_options(predict, rooms, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             Predictor(predict.model, **options)
+    with pytest.raises(ValueError, match="threshold: got 50, expected a probability, 0 to 1"):
+        predict(rooms[0], threshold=50)
     with pytest.raises(ValueError, match="model: got Linear"):
         Predictor(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="tokenizer: got str for a model whose input is 'image'"):
@@ -374,10 +378,6 @@ def test_words_of_several_tokens_are_tagged_by_their_first(texts):
     assert found["tags"] == [TEXT_TASKS[1].classes[i] for i in raw[:, first].argmax(0)]
 
 
-def test_bad_texts_and_tokenizers(texts, tmp_path):
-    folder, tokenizer = texts
-    predict = Predictor(folder)
-    for bad, message in (
 def test_strings_and_tuples_of_other_types_are_texts(texts):
     predict, Pair = Predictor(texts[0]), namedtuple("Pair", "first second")
     expected = predict(["play", ("my card", "is lost"), ["play", "yesterday"]])
@@ -387,20 +387,24 @@ def test_strings_and_tuples_of_other_types_are_texts(texts):
     )
 
 
+def test_bad_texts_and_tokenizers(texts, tmp_path):
+    folder, tokenizer = texts
+    predict = Predictor(folder)
+    for bad, message in (
         ("", "x: the text is empty"),
         (["play", 3], r"x\[1\]: got a text of int"),
         (["play", "sing " * 80], r"x\[1\]: the text has 82 tokens, max_length is 64"),
         (3, "x: got int, expected a text, a pair, or a list of texts"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            predict(bad)
-    cut = Predictor(folder, truncate=True)("sing " * 80, tasks="slots")["slots"]
         (pandas.DataFrame({"text": ["play"]}), "x: got DataFrame, expected texts; pass its column"),
         (tokenizer("play", return_tensors="pt"), "x: got a dict of input_ids, .*; expected a text under 'text'"),
         (
             {"text": {"input_ids": torch.ones(3), "attention_mask": torch.ones(3)}},
             "x: got a dict of text; expected a text",
         ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predict(bad)
+    cut = Predictor(folder, truncate=True)("sing " * 80, tasks="slots")["slots"]
     assert len(cut["words"]) == 62
     model = predict.model
     with pytest.raises(ValueError, match="tokenizer: the model reads texts and came without one"):
