@@ -129,7 +129,7 @@ def with_labels(model: Any, samples: Any, names: Sequence[str]) -> Any:
 
 def _labelled(samples: Any, task: Task) -> bool:
     rows = _rows_with(samples, task)
-    return any(_has_label(samples[i], task) for i in range(len(samples))) if rows is None else bool(len(rows))
+    return any(has_label(samples[i], task) for i in range(len(samples))) if rows is None else bool(len(rows))
 
 
 def _rows_with(samples: Any, task: Task) -> Sequence[int] | None:
@@ -142,11 +142,12 @@ def _rows_with(samples: Any, task: Task) -> Sequence[int] | None:
     if isinstance(samples, TextRows):
         return _rows_with(samples.rows, task)
     if isinstance(samples, list | tuple):
-        return [i for i, sample in enumerate(samples) if _has_label(sample, task)]
+        return [i for i, sample in enumerate(samples) if has_label(sample, task)]
     return None
 
 
-def _has_label(sample: Any, task: Task) -> bool:
+def has_label(sample: Mapping[str, Any], task: Task) -> bool:
+    """Whether a sample has a label of a task; NaN, the id of no class and None are none."""
     label = sample.get(task.name)
     try:
         return label is not None and bool(task.valid(torch.as_tensor(np.asarray(label))[None]).any())

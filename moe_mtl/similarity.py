@@ -24,6 +24,7 @@ from moe_mtl.batches import shuffled
 from moe_mtl.data import collate, pad_batch
 from moe_mtl.heads import Features
 from moe_mtl.multitask import MultiTaskModel, evaluating, move
+from moe_mtl.samples import has_label
 from moe_mtl.tasks import Task, nearest
 from moe_mtl.vector import VectorModel
 
@@ -126,9 +127,9 @@ def draw(data: Any, tasks: Sequence[Task], count: int, seed: int) -> dict[str, l
     else:
         for i in order:
             sample = data[i]
-            for name, rows in found.items():
-                if len(rows) < count and sample.get(name) is not None:
-                    rows.append(sample)
+            for task in tasks:
+                if len(found[task.name]) < count and has_label(sample, task):
+                    found[task.name].append(sample)
             if all(len(rows) == count for rows in found.values()):
                 break
     return {name: rows for name, rows in found.items() if rows}

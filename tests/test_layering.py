@@ -58,7 +58,7 @@ ALLOWED = {
     "pruning": {
         *("calibration", "distilling", "folded", "multitask", "samples", "scoring", "sparse", "tasks", "thinning"),
     },
-    "similarity": {"batches", "data", "heads", "multitask", "tasks", "vector"},
+    "similarity": {"batches", "data", "heads", "multitask", "samples", "tasks", "vector"},
     "samples": {"as_trained", "batches", "data", "multitask", "tasks"},
     "new_experts": {"diagnostics", "expert_stack", "multitask", "vector"},
     "new_task": {"diagnostics", "gates", "multitask", "new_experts", "samples", "similarity", "tasks"},

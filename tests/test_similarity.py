@@ -1,6 +1,7 @@
 """Similarity of a new task to known ones: hand-computed cosines, what it must not touch, and what it finds."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -210,6 +211,17 @@ def test_samples_are_drawn_by_label():
     assert [len(drawn) for drawn in some.values()] == [5, 5] and data.read < 120  # it stops when it has enough
     assert some["a"] == found["a"][:5] != sorted(found["a"], key=lambda row: row["a"])[:5]
     assert draw(data, (A,), 5, seed=1)["a"] != some["a"]
+
+
+def test_a_label_that_says_none_is_none():
+    kind = Task.classification("kind", 3)
+    data = [
+        {"image": i, "a": float(i) if i < 8 else math.nan, "kind": i % 3 if i % 4 else -100, "new": math.nan}
+        for i in range(32)
+    ]
+    found = draw(data, (A, kind, NEW), 16, seed=0)
+    assert sorted(row["image"] for row in found["a"]) == list(range(8)) and "new" not in found
+    assert len(found["kind"]) == 16 and all(row["image"] % 4 for row in found["kind"])
 
 
 def test_a_task_of_the_model_is_not_compared_with_itself():
