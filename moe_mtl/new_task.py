@@ -132,21 +132,30 @@ def _over_most_used(model: Routed, task: Task, data: Any) -> Routed:
                 f"init_from: {type(layer.gate).__name__} of {name} shows all experts to all tasks, so none can start "
                 "from the most used; name tasks, or leave it out"
             )
+    seen = {
+        name: _most_used(layer, usage[name].mass.nanmean(dim=0)) for name, (layer, _) in task_layers(model, 0).items()
+    }
     model.add_task(task)
-    new, shown = len(model.tasks) - 1, []
-    for name, (layer, place) in task_layers(model, new).items():
-        share = usage[name].mass.nanmean(dim=0)
-        ids, total = [], 0.0
-        for e in sorted(layer.kept_experts, key=lambda e: -float(share[e])):
-            if total >= MOST and len(ids) >= min(layer.gate.k, len(layer.kept_experts) // 2):
-                break
-            ids.append(e)
-            total += float(share[e])
-        layer.gate.show_only(place, sorted(ids))
-        shown.append(f"{name}: {len(ids)} of {len(layer.kept_experts)} experts")
+    shown = []
+    for name, (layer, place) in task_layers(model, len(model.tasks) - 1).items():
+        layer.gate.show_only(place, seen[name])
+        shown.append(f"{name}: {len(seen[name])} of {len(layer.kept_experts)} experts")
     model.note_experts()
     print(f"add_task: {task.name} starts from {'; '.join(shown)}", file=sys.stderr)
     return model
+
+
+def _most_used(layer: Any, share: torch.Tensor) -> list[int]:
+    """The experts of a layer, ascending, that take most of these shares; as many as a token uses at least."""
+    held, gate = layer.kept_experts, layer.gate
+    least = gate.k if gate.compute_class == "token" else min(gate.k, len(held) // 2)
+    ids, total = [], 0.0
+    for e in sorted(held, key=lambda e: -float(share[e])):
+        if total >= MOST and len(ids) >= least:
+            break
+        ids.append(e)
+        total += float(share[e])
+    return sorted(ids)
 
 
 def parameters_of_task(model: Routed, name: str) -> list[str]:

@@ -654,6 +654,18 @@ def test_a_router_over_the_most_used_experts(tmp_path):
     assert same(outputs(load(tmp_path), x, ["room", *NAMES[:2]]), outputs(model, x, ["room", *NAMES[:2]]))
 
 
+def test_a_token_finds_as_many_of_the_most_used_experts_as_it_uses():
+    model = tiny(experts=4, k=3)
+    with torch.no_grad():
+        for block, layer in zip(model.backbone.blocks, model.moe_layers.values(), strict=True):
+            block.norm2.bias[0] = 10  # every token has a 10 there: two experts take nearly all of the weight
+            for weight in layer.gate.router.weight:
+                weight[:, 0] = torch.tensor([5.0, 5.0, -5.0, -6.0])
+    add_task(model, NEW, "most_used", data=[{"image": one} for one in images(8)])
+    assert {layer.gate.reachable(3) for layer in model.moe_layers.values()} == {(0, 1, 2)}
+    assert model(images())["room"].isfinite().all()
+
+
 def test_the_most_used_experts_need_samples_and_routers_that_can_hide_experts():
     with pytest.raises(ValueError, match="data: init_from='most_used' is measured"):
         add_task(tiny(), NEW, "most_used")
