@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from moe_mtl.multitask import count_rows, evaluating
@@ -67,7 +68,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_flops(model: nn.Module, x: Any, tasks: Sequence[str] | None = None) -> int:
+def count_flops(model: nn.Module, x: Any, tasks: Sequence[str] | str | None = None) -> int:
     """FLOPs of one forward pass in eval mode.
 
     Args:
@@ -76,8 +77,10 @@ def count_flops(model: nn.Module, x: Any, tasks: Sequence[str] | None = None) ->
         tasks: names of the tasks to run; None for all.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_EXTRA_FORMULAS)
+    fixed = {name: p.detach() for name, p in model.named_parameters()}  # the counter hooks what requires gradients
+    how = {} if tasks is None else {"tasks": [tasks] if isinstance(tasks, str) else list(tasks)}
     with evaluating(model), counter:
-        model(x) if tasks is None else model(x, tasks=list(tasks))
+        functional_call(model, fixed, (x,), how)
     return counter.get_total_flops()
 
 

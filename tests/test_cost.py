@@ -1,5 +1,6 @@
 """FLOPs by hand, parameters with sharing, and that latency calls what it says in the order it says."""
 
+import copy
 import math
 
 import pytest
@@ -11,7 +12,9 @@ from moe_mtl.backbones.timm_vit import build_vit
 from moe_mtl.cost import cost_table, count_flops, count_parameters, dense_of_equal_size, latency
 from moe_mtl.multitask import evaluating
 from moe_mtl.registry import create_model
+from moe_mtl.sparse import extract
 from moe_mtl.tasks import Task
+from tests.test_encoders import routed, texts
 
 
 class Toy(nn.Module):
@@ -48,6 +51,15 @@ def test_attention_counts(dtype):
             return nn.functional.scaled_dot_product_attention(x, x, x)
 
     assert count_flops(Attention(), torch.randn(2, 3, 10, 4, dtype=dtype)) == 2 * 3 * 2 * 2 * 10 * 10 * 4
+
+
+def test_parameters_that_are_inputs_of_a_layer_count_as_well():
+    model, x = routed("deberta"), texts()  # whose layers are given a table of positions
+    learns = [p.requires_grad for p in model.parameters()]
+    one, every = count_flops(model, x, "intent"), count_flops(model, x)
+    assert 0 < one < every and one == count_flops(extract(model, "intent"), x) == count_flops(model, x, ["intent"])
+    assert [p.requires_grad for p in model.parameters()] == learns
+    assert count_flops(copy.deepcopy(model).requires_grad_(False), x) == every
 
 
 def test_a_shared_parameter_counts_once_and_buffers_do_not():
