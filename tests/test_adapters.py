@@ -269,6 +269,15 @@ def test_one_task_is_extracted_as_a_dense_encoder(which, tmp_path):
 
 
 @every_model
+@torch.no_grad()
+def test_extraction_is_as_precise_as_the_model(which):
+    model, x = make(which).double(), texts()
+    small = extract(model, "slots")
+    assert {p.dtype for p in small.parameters()} == {torch.float64}
+    torch.testing.assert_close(small(x)["slots"], model(x, tasks=["slots"])["slots"], rtol=1e-12, atol=1e-12)
+
+
+@every_model
 def test_several_tasks_keep_the_adapters_and_nothing_of_others(which, tmp_path):
     model, x = make(which), texts()
     small = extract(model, ["slots", "intent"])

@@ -156,9 +156,10 @@ class AdapterModel(TextModel):
         encoder = describe_encoder(self.backbone)
         with torch.random.fork_rng(devices=[]):  # weights that are replaced must not draw from the user's generator
             dense = moefy_encoder(read_encoder(encoder, self.attention), [self.tasks[own]], None)
+        dense.to(next(self.parameters()))  # before the weights come: float64 ones stay what they are
         dense.load_state_dict(self.dense_state(task))
         dense.config = {"name": "text_shared_bottom", "args": {"encoder": encoder, "attention": self.attention}}
-        return dense.to(next(self.parameters())).train(self.training)
+        return dense.train(self.training)
 
     @torch.no_grad()
     def dense_state(self, task: str | None = None) -> dict[str, Tensor]:
