@@ -111,8 +111,8 @@ def extract(
         The new model, whose attribute `extraction` is the `Extraction`: the experts kept and the gate mass dropped.
 
     Raises:
-        ValueError: an unknown task (the nearest names are listed); `mass` out of range or without calibration; or a
-            calibration that is empty, holds something else, or has labels but none of a task.
+        ValueError: no such model; an unknown task (the nearest names are listed); `mass` out of range or without
+            calibration; or a calibration that is empty, holds something else, or has labels but none of a task.
     """
     check_mass(mass)
     if mass > 0 and calibration is None:
@@ -146,7 +146,14 @@ def for_tasks(model: Any, tasks: Sequence[str] | str, *, fold: bool) -> Any:
         model: as in `extract`.
         tasks: as in `extract`.
         fold: what a gate can reach is that of evaluation, for a single task; else that of the mode the model is in.
+
+    Raises:
+        ValueError: no model of this library, or an unknown task.
     """
+    if not hasattr(model, "for_tasks"):
+        inner = getattr(model, "module", None)  # of DistributedDataParallel and the like
+        advice = "pass its .module" if hasattr(inner, "for_tasks") else "expected one of create_model, moefy or load"
+        raise ValueError(f"model: got {type(model).__name__}; {advice}")
     small = model.for_tasks(tasks)
     layers = getattr(small, "moe_layers", {})
     with evaluating(small) if fold and len(small.tasks) == 1 else nullcontext():

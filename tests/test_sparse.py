@@ -350,6 +350,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"^mass: got .*from 0 to below 1"):
             extract(tiny(), "depth", [images()], mass=mass)
 
+    def test_what_is_no_model(self):
+        for model, message in (
+            (torch.nn.Linear(1, 1), "got Linear; expected one of create_model"),
+            (torch.nn.DataParallel(tiny()), "got DataParallel; pass its .module"),
+        ):
+            with pytest.raises(ValueError, match=f"^model: {message}"):
+                extract(model, "depth")
+
     def test_mass_without_images(self):
         with pytest.raises(ValueError, match=r"^mass: got 0.1 without calibration"):
             extract(tiny(), "depth", mass=0.1)
