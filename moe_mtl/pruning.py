@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, Self, get_args
 
 from moe_mtl.calibration import grouped, measure
@@ -198,7 +199,7 @@ def _until_experts(model: Any, held: Kept, experts: int | Mapping[str, int]) -> 
     wanted = {name: needs(model.moe_layers[name]) for name in held}
     for name, ids in held.items():
         least = int(fewest(wanted[name], ids))
-        if not isinstance(left[name], int) or isinstance(left[name], bool) or not least <= left[name] <= len(ids):
+        if not isinstance(left[name], Integral) or isinstance(left[name], bool) or not least <= left[name] <= len(ids):
             why = " (fewer would leave a task's tokens without any)" if least > 1 else ""
             raise ValueError(f"experts: got {left[name]} for layer {name!r}, expected {least}{why} to {len(ids)}")
 

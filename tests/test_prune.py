@@ -4,6 +4,7 @@ import copy
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +55,7 @@ def test_so_many_experts_are_left_and_they_are_those_most_used(tasks):
     small = prune(model, tasks, [x], experts=3)
     for name, ids in kept(small).items():
         assert ids == sorted(mass[name].topk(3).indices.tolist())
+    assert kept(prune(model, tasks, [x], experts=np.int64(3))) == kept(small)
     some = prune(model, tasks, [x], experts={"blocks.1": 1})
     assert kept(some) == {"blocks.0": list(range(E)), "blocks.1": [int(mass["blocks.1"].argmax())]}
     assert some.moe_layers["blocks.1"].gate.k == 1 and some(x)[tasks[0]].isfinite().all()
