@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_mtl.multitask import evaluating, move
+from moe_mtl.multitask import count_rows, evaluating, move
 from moe_mtl.tasks import Task
 
 DICTS = {
@@ -65,7 +65,7 @@ def measure(
     device, labelled, count = next(model.parameters()).device, set(), 0
 
     def noted() -> Iterator[Any]:
-        for item in calibration:
+        for item in one_by_one(calibration, "calibration"):
             if isinstance(item, Mapping):
                 labelled.update(name for name in names if item.get(name) is not None)
             yield item
@@ -80,6 +80,8 @@ def measure(
             stack.enter_context(layer.register_forward_hook(record, with_kwargs=True))
         for position, item in enumerate(grouped(noted(), model, ())):
             x, count = _input(item, position, model.input), count + 1
+            if not count_rows(x):
+                raise ValueError(f"calibration: item {position} is an empty batch; leave it out")
             for row, task in enumerate(tasks):
                 for name, routing in model(move(x, device), tasks=[task.name], return_routing=True)[1].items():
                     weights = routing.dense_weights().abs()
@@ -99,6 +101,21 @@ def measure(
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def one_by_one(items: Any, argument: str) -> Iterator[Any]:
+    """What an iterable gives, or a map-style data set by number, whose length alone may tell where it ends.
+
+    Raises:
+        ValueError: neither; the message is about the argument of that name.
+    """
+    if hasattr(items, "__iter__"):
+        return iter(items)
+    if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
+        raise ValueError(
+            f"{argument}: got a {type(items).__name__}, expected batches or samples: a loader, a data set, a list"
+        )
+    return (items[i] for i in range(len(items)))
 
 
 def grouped(items: Iterable[Any], model: Any, tasks: Sequence[Task]) -> Iterator[Any]:

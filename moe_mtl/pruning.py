@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal, Self, get_args
 
-from moe_mtl.calibration import grouped, measure
+from moe_mtl.calibration import grouped, measure, one_by_one
 from moe_mtl.distilling import distill
 from moe_mtl.folded import FoldedMoE
 from moe_mtl.multitask import MultiTaskModel, SingleTaskSet, count_rows, evaluating, move
@@ -268,7 +268,7 @@ def _compare(whole: Any, small: Any, held_out: Iterable[Any]) -> tuple[Scores, S
     """
     scores, samples, device = [TaskMetrics(whole.tasks) for _ in range(2)], 0, next(whole.parameters()).device
     with evaluating(whole), evaluating(small):
-        for position, batch in enumerate(grouped(held_out, whole, whole.tasks)):
+        for position, batch in enumerate(grouped(one_by_one(held_out, "held_out"), whole, whole.tasks)):
             if not isinstance(batch, Mapping) or batch.get(whole.input) is None:
                 raise ValueError(
                     f"held_out: item {position} is a {type(batch).__name__}; expected dicts that hold {whole.input!r} "

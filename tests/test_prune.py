@@ -215,6 +215,20 @@ def test_the_loss_on_held_out_samples_is_measured_and_printed(capsys):
     assert quiet.before == {} and quiet.samples == 0 and len(str(quiet).splitlines()) == 3
 
 
+def test_a_data_set_ends_where_its_length_says():
+    class Endless(torch.utils.data.Dataset):  # any number is a sample to it
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            assert i < 100
+            return samples()[i % 6]
+
+    model, data = tiny(), Endless()
+    ours, theirs = (prune(model, "scene", d, experts=3, held_out=d) for d in (data, samples()))
+    assert ours.extraction == theirs.extraction and ours.extraction.samples == 6
+
+
 # ---- learned again --------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +304,13 @@ class TestBadInput:
     def test_options(self, how, message):
         with pytest.raises(ValueError, match=f"^{message}"):
             prune(tiny(), "scene", [images()], **how)
+
+    def test_what_gives_no_samples(self):
+        for bad, message in ((5, "got a int, expected batches"), ([images(0)], "item 0 is an empty batch")):
+            with pytest.raises(ValueError, match=f"^calibration: {message}"):
+                prune(tiny(), "scene", bad, experts=2)
+        with pytest.raises(ValueError, match=r"^held_out: got a int, expected batches"):
+            prune(tiny(), "scene", [images()], experts=2, held_out=5)
 
     def test_calibration_without_a_sample_of_the_task(self):
         data = [{"image": image, "scene": 0} for image in images()]
