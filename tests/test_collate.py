@@ -151,6 +151,8 @@ def test_pictures_of_more_than_8_bits_keep_their_greys(tmp_path):
     torch.testing.assert_close(to_image(Image.fromarray(grey[0].numpy())), grey)
     with pytest.raises(ValueError, match=r"^here: got a picture of mode 'I', 32-bit integers of unknown range"):
         to_image(Image.fromarray(wide.astype(np.int32)), "here")
+
+
 def test_arrays_of_more_than_8_bits_keep_their_range():
     grey = np.linspace(0, 65535, 20).astype(np.uint16).reshape(4, 5)
     expected = torch.from_numpy(grey / np.float32(65535))[None].float()
