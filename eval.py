@@ -20,6 +20,8 @@ The JSON (--out, by default results.json in the model folder; results/NAME.json 
     metric_info    {task: {metric: {unit, higher_is_better}}}
     baselines      [{label, model, parameters, data, metrics, gain}] of each --baseline, in their order; gain is
                    `moe_mtl.scoring.multi_task_gain` against it
+    seeds          of this training and each --repeat
+    spread         {task: {metric: {mean, std}}} over them
     cost           {batch size: rows of `moe_mtl.cost.Cost`}
     dense          name, args, parameters of the untrained model in the "dense" rows of cost; null without one
     agreement      {task: {alone, extracted}}: largest difference from the full pass over the largest value predicted
@@ -85,6 +87,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         prune_each,
         read_baseline,
         show,
+        spread,
         write,
     )
     from moe_mtl.sparse import extract
@@ -94,6 +97,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     names = given.tasks.split(",") if given.tasks else [task.name for task in model.tasks]
     tasks = [model.tasks[i] for i in task_ids(model.tasks, names)]
     baselines = [read_baseline(path, tasks) for path in given.baseline or ()]
+    repeats = [read_baseline(path, tasks, "repeat") for path in given.repeat or ()]
 
     (samples,) = read_splits(model, given.data, given.split)
     scored = score(model, samples, tasks, given.batch_size, given.limit)
@@ -124,6 +128,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "tasks": [task.to_dict() for task in tasks],
         **scored,
         "baselines": [],
+        "seeds": [],
+        "spread": {},
         "cost": cost,
         "dense": None if dense is None else {**dense.config, "parameters": count_parameters(dense)},
         "agreement": agreement(model, extracted, select_rows(inputs, torch.arange(count_rows(inputs))[:MOST])),
@@ -139,6 +145,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     write(out, results)  # before the comparison, which a metric without a value refuses
     if baselines:
         results["baselines"] = compare(results, baselines, tasks)
+        write(out, results)
+    if repeats:
+        results["spread"] = spread(results, repeats, tasks)
+        results["seeds"] = [results["seed"], *(other["seed"] for other in repeats)]
         write(out, results)
     results = finite(results)
     show(results)
@@ -215,6 +225,7 @@ def parse(folder: Path, run: Mapping[str, Any], options: Sequence[str]) -> Any:
     add("--label", type=str | None, default=None, help="what to call the model where it is a baseline of others")
     add("--report", type=str | None, default=None, help="an HTML page to write")
     add("--baseline", action="append", help="JSON of another eval.py, such as of single-task models; may be repeated")
+    add("--repeat", action="append", help="JSON of another eval.py of this training with another seed; may be repeated")
     add("--dense", choices=("auto", "none"), default="auto", help="auto: time a dense model of as many parameters too")
     add("--rounds", type=int, default=5, help="timed calls per row of the cost table")
     add("--device", choices=("auto", "cpu"), default="auto", help="auto: the GPU where there is one")

@@ -30,6 +30,12 @@ DATA = {
         "their owners state no licence for the labels.",
         "It has seen indoor scenes of one data set only.",
     ),
+    "CensusIncome": (
+        "Census-Income (KDD), Lane and Kohavi 2000, https://archive.ics.uci.edu/dataset/117/census+income+kdd, licence "
+        "CC BY 4.0; read from a folder of yours. Names of columns and categories are in the model's configuration.",
+        "It tells of answers to a survey in the United States of 1994 and 1995, with their unequal chances by sex and "
+        "race, which are among its columns: no ground for decisions about people.",
+    ),
 }
 
 # what `moe_mtl.diagnostics.diagnose` tells of a layer -> heading and format of its column
@@ -136,7 +142,7 @@ assert torch.allclose(alone(x)["{task}"], prediction, atol=1e-4)
 
 
 def _scores(results: Mapping[str, Any]) -> str:
-    data, baselines = results["data"], _baselines(results)
+    data, baselines, spread = results["data"], _baselines(results), results.get("spread")
     rows = []
     for task, metrics in results["metrics"].items():
         for metric, value in metrics.items():
@@ -144,8 +150,14 @@ def _scores(results: Mapping[str, Any]) -> str:
             better = "higher" if info["higher_is_better"] else "lower"
             others = [other["metrics"].get(task, {}).get(metric) for other in baselines]
             values = [format_metric(number, info["unit"]) for number in (value, *others)]
+            if spread:
+                mean, std = (format_metric(spread[task][metric][key], info["unit"]) for key in ("mean", "std"))
+                number = mean.partition(" ")[0].rstrip("°")
+                values.insert(1, mean if spread[task][metric]["mean"] is None else f"{number} ± {std}")
             rows.append([f"`{task}`", metric.replace("_", " "), better, *values])
     head = ["task", "metric", "better", "#this model", *(f"#{other['label']}" for other in baselines)]
+    if spread:
+        head.insert(4, f"#mean ± deviation of {len(results['seeds'])} seeds")
     text = [
         f"On {data['samples']:,} samples of the split `{data['split']}` of {data['name']}, where they have labels.",
         table(head, rows),
@@ -269,7 +281,10 @@ def _limits(results: Mapping[str, Any]) -> str:
         if size
         else "Made for the columns of its data, by name and kind; categories it has not seen share one vector.",
     ]
-    if results.get("seed") is not None:
+    if results.get("spread"):
+        others = ", ".join(map(str, results["seeds"][1:]))
+        facts.append(f"The weights are those of seed {results['seed']}; seeds {others} score as told in Scores.")
+    elif results.get("seed") is not None:
         facts.append(
             f"One training run (seed {results['seed']}): how far scores vary between seeds is not known from it."
         )

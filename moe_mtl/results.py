@@ -121,18 +121,23 @@ class LabelDigest:
 # ---- baselines ------------------------------------------------------------------------------------------------------
 
 
-def read_baseline(path: str, tasks: Sequence[Task]) -> dict[str, Any]:
+def read_baseline(path: str, tasks: Sequence[Task], option: str = "baseline") -> dict[str, Any]:
     """The part of another result that a comparison needs.
 
+    Args:
+        path: of the file.
+        tasks: those it must hold.
+        option: what named the file, for errors.
+
     Returns:
-        label, model (its name), parameters, data, and the metrics of these tasks with NaN for null.
+        label, model (its name), parameters, data, seed, and the metrics of these tasks with NaN for null.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no result of eval.py, or lacks one of the tasks.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"baseline: {path} is not a file; expected the JSON an earlier eval.py wrote")
+        raise FileNotFoundError(f"{option}: {path} is not a file; expected the JSON an earlier eval.py wrote")
     try:
         other = json.loads(Path(path).read_text())
         metrics = {task.name: other["metrics"][task.name] for task in tasks}
@@ -140,9 +145,9 @@ def read_baseline(path: str, tasks: Sequence[Task]) -> dict[str, Any]:
         named = {"label": other.get("label") or model["name"], "model": model["name"]}
         parameters = model["parameters"]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"baseline: {path} is not a result of eval.py for these tasks ({error!r})") from error
+        raise ValueError(f"{option}: {path} is not a result of eval.py for these tasks ({error!r})") from error
     nan_for_null = {t: {m: math.nan if v is None else v for m, v in row.items()} for t, row in metrics.items()}
-    return {**named, "parameters": parameters, "data": data, "metrics": nan_for_null}
+    return {**named, "parameters": parameters, "data": data, "seed": other.get("seed"), "metrics": nan_for_null}
 
 
 def compare(
@@ -155,23 +160,7 @@ def compare(
     """
     compared, labels = [], set()
     for baseline in baselines:
-        (ours, here), (theirs, there) = _scored_on(results["data"]), _scored_on(baseline["data"])
-        if ours != theirs:
-            raise ValueError(
-                f"baseline: {baseline['label']} was scored on {theirs}, this model on {ours}; score both alike"
-            )
-        mine, other = (data.get("labels") or {} for data in (results["data"], baseline["data"]))
-        known = [task.name for task in tasks if task.name in mine and task.name in other]
-        if moved := [name for name in known if mine[name] != other[name]]:
-            raise ValueError(
-                f"baseline: {baseline['label']} was scored on other labels of {', '.join(moved)}; score both on the "
-                "same rows of the same file"
-            )
-        # settings tell what labels do not: of dense tasks, and of results without a digest
-        changed = [name for name in here if name in there and here[name] != there[name]]
-        if changed and len(known) < len(tasks):
-            differ = ", ".join(f"{name} {there[name]!r} against {here[name]!r}" for name in changed)
-            raise ValueError(f"baseline: {baseline['label']} was scored on other data ({differ}); score both alike")
+        _check_alike(results, baseline, tasks, "baseline")
         label, copies = baseline["label"], 1
         while label in labels:
             copies += 1
@@ -180,6 +169,60 @@ def compare(
         gain = multi_task_gain(results["metrics"], baseline["metrics"], tasks)
         compared.append({**baseline, "label": label, "gain": gain})
     return compared
+
+
+def spread(
+    results: Mapping[str, Any], repeats: Sequence[Mapping[str, Any]], tasks: Sequence[Task]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean and standard deviation of every metric over this training and its repeats with other seeds.
+
+    Args:
+        results: this model's.
+        repeats: parts of the other results, as `read_baseline` returns them.
+        tasks: of the model.
+
+    Returns:
+        {task: {metric: {"mean", "std"}}}.
+
+    Raises:
+        ValueError: a repeat is of another model, has a seed that was there, or was scored on other samples.
+    """
+    seeds = [results.get("seed")]
+    for other in repeats:
+        if other["seed"] is None or other["seed"] in seeds:
+            raise ValueError(f"repeat: {other['label']} has seed {other['seed']}, expected another than {seeds}")
+        seeds.append(other["seed"])
+        if other["model"] != results["model"]["name"] or other["parameters"] != results["model"]["parameters"]:
+            raise ValueError(
+                f"repeat: {other['label']} is a {other['model']} of {other['parameters']:,} parameters, this model a "
+                f"{results['model']['name']} of {results['model']['parameters']:,}; expected the same with other seeds"
+            )
+        _check_alike(results, other, tasks, "repeat")
+    runs = [results["metrics"], *(other["metrics"] for other in repeats)]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for task, row in results["metrics"].items():
+        values = {m: torch.tensor([run[task][m] for run in runs], dtype=torch.float64) for m in row}
+        found[task] = {m: {"mean": float(v.mean()), "std": float(v.std())} for m, v in values.items()}
+    return found
+
+
+def _check_alike(results: Mapping[str, Any], other: Mapping[str, Any], tasks: Sequence[Task], option: str) -> None:
+    """Refuses results that were scored on other samples, labels or settings of the data."""
+    (ours, here), (theirs, there) = _scored_on(results["data"]), _scored_on(other["data"])
+    if ours != theirs:
+        raise ValueError(f"{option}: {other['label']} was scored on {theirs}, this model on {ours}; score both alike")
+    mine, others = (data.get("labels") or {} for data in (results["data"], other["data"]))
+    known = [task.name for task in tasks if task.name in mine and task.name in others]
+    if moved := [name for name in known if mine[name] != others[name]]:
+        raise ValueError(
+            f"{option}: {other['label']} was scored on other labels of {', '.join(moved)}; score both on the same rows "
+            "of the same file"
+        )
+    # settings tell what labels do not: of dense tasks, and of results without a digest
+    changed = [name for name in here if name in there and here[name] != there[name]]
+    if changed and len(known) < len(tasks):
+        differ = ", ".join(f"{name} {there[name]!r} against {here[name]!r}" for name in changed)
+        raise ValueError(f"{option}: {other['label']} was scored on other data ({differ}); score both alike")
 
 
 def _scored_on(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

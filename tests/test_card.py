@@ -115,6 +115,22 @@ def test_scores_stand_beside_the_baselines_with_unit_and_direction(results):
     assert rows_of(text, "`edges`") == [["`edges`", "edge f", "higher", "no value", "25.0 %", "25.0 %"]]
 
 
+def test_seeds_are_told_beside_the_scores(results):
+    spread = {"depth": {"rmse": (0.3, 0.0123), "abs_error": (0.21, 0.01)}, "scene": {"accuracy": (0.65, 0.012)}}
+    spread["edges"] = {"edge_f": (None, None)}
+    results["spread"] = {
+        t: {m: dict(zip(("mean", "std"), v, strict=True)) for m, v in r.items()} for t, r in spread.items()
+    }
+    results["seeds"] = [8, 9, 11]
+    text = card(results)
+    head, depth, scene, edges = (rows_of(section(text, "Scores"), name)[0] for name in ("task", "`d", "`s", "`e"))
+    assert head[3:6] == ["this model", "mean ± deviation of 3 seeds", "single tasks"]
+    assert depth[3:6] == ["0.3141 m", "0.3 ± 0.0123 m", "0.2718 m"]
+    assert scene[4] == "65.0 ± 1.2 %" and edges[4] == "no value"
+    assert "- The weights are those of seed 8; seeds 9, 11 score as told in Scores." in section(text, "Limits")
+    assert "One training run" not in text
+
+
 def test_losing_tasks_are_named(results):
     text = card(results)
     assert (

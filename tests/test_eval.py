@@ -216,6 +216,28 @@ def test_some_tasks_and_some_samples(script, folder, tmp_path):
         assert entry["tasks"] == ["scene", "depth"] and sum(entry["slots"][0]) == pytest.approx(1)
 
 
+def test_repeats_with_other_seeds(script, folder, tmp_path):
+    first = run(script, folder, "--tasks=depth", f"--out={tmp_path / 'a.json'}")
+    for seed, factor in ((1, 2.0), (2, 3.0)):
+        other = json.loads((tmp_path / "a.json").read_text()) | {"seed": seed}
+        other["metrics"]["depth"] = {metric: value * factor for metric, value in other["metrics"]["depth"].items()}
+        (tmp_path / f"{seed}.json").write_text(json.dumps(other))
+    repeats = [f"--repeat={tmp_path / f'{seed}.json'}" for seed in (1, 2)]
+    results = run(script, folder, "--tasks=depth", *repeats, f"--out={tmp_path / 'c.json'}")
+    assert json.loads((tmp_path / "c.json").read_text()) == results
+    assert results["seeds"] == [0, 1, 2] and (first["seeds"], first["spread"]) == ([], {})
+    for metric, value in first["metrics"]["depth"].items():  # v, 2 v, 3 v: mean 2 v, deviation v
+        assert results["spread"]["depth"][metric] == pytest.approx({"mean": 2 * value, "std": value})
+    with pytest.raises(ValueError, match=r"repeat: tiny has seed 0, expected another than \[0\]"):
+        run(script, folder, "--tasks=depth", f"--repeat={tmp_path / 'a.json'}", f"--out={tmp_path / 'd.json'}")
+    other["model"]["parameters"] += 1
+    (tmp_path / "2.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"repeat: tiny is a .*expected the same with other seeds"):
+        run(script, folder, "--tasks=depth", *repeats, f"--out={tmp_path / 'd.json'}")
+    with pytest.raises(FileNotFoundError, match=r"repeat: .*none\.json is not a file"):
+        run(script, folder, "--tasks=depth", f"--repeat={tmp_path / 'none.json'}", f"--out={tmp_path / 'd.json'}")
+
+
 def test_against_baselines(script, folder, whole, tmp_path, capsys):
     # errors half as large: N = 2 B is a gain of -100 %; errors twice as large: N = B / 2 is one of +50 %
     run(script, folder, "--tasks=depth", f"--out={tmp_path / 'a.json'}", "--label=half")
