@@ -118,27 +118,50 @@ def _summary(results: Mapping[str, Any]) -> str:
 
 
 def _use(results: Mapping[str, Any]) -> str:
-    task = results["tasks"][0]["name"]
     size = _image_size(results)
-    if size is None:
-        inputs = 'data.split("test").rows  # {kind of column: values}, see moe_mtl.columns; data as below'
-    else:
-        inputs = f"torch.rand(1, 3, {size[0]}, {size[1]})  # images in 0..1"
-    code = f"""\
+    code = _use_of_table(results) if size is None else _use_of_images(results, size)
+    rows = [[f"`{task['name']}`", task["kind"], str(task["channels"])] for task in results["tasks"]]
+    shapes = "Shapes per kind stand in `moe_mtl.tasks`."
+    text = [f"```python\n{code}```", table(["task", "kind", "#channels"], rows), shapes]
+    columns = results["model"]["args"].get("columns")
+    if columns:
+        kinds = [f"one of {len(c['categories'])}" if c.get("categories") else c["kind"] for c in columns]
+        listed = [f"`{column['name']}` ({kind})" for column, kind in zip(columns, kinds, strict=True)]
+        text.append(f"Columns: {', '.join(listed)}.")
+    return "\n\n".join(text)
+
+
+def _use_of_table(results: Mapping[str, Any]) -> str:
+    task = results["tasks"][0]["name"]
+    columns = results["model"]["args"].get("columns") or []
+    first = next((column["name"] for column in columns if column["kind"] == "numeric"), "a_number")
+    return f"""\
+import moe_mtl
+
+predict = moe_mtl.Predictor("{results["label"]}")
+row = {{column["name"]: None for column in predict.model.config["args"]["columns"]}}  # None where a value is missing
+predictions = predict(row | {{"{first}": 40}})  # {{task: answer}}, all tasks; of a data frame a list of such
+prediction = predict(row, tasks=["{task}"])["{task}"]  # runs the path of that task only
+
+alone = moe_mtl.extract(predict.model, "{task}")  # a model of its own
+assert moe_mtl.Predictor(alone)(row)["{task}"]["label"] == prediction["label"]
+"""
+
+
+def _use_of_images(results: Mapping[str, Any], size: tuple[int, int]) -> str:
+    task = results["tasks"][0]["name"]
+    return f"""\
 import moe_mtl
 import torch
 
 model = moe_mtl.create_model("{results["label"]}", pretrained=True)
-x = {inputs}
+x = torch.rand(1, 3, {size[0]}, {size[1]})  # images in 0..1
 predictions = model(x)  # {{task: prediction}}, all tasks
 prediction = model(x, tasks=["{task}"])["{task}"]  # runs the path of that task only
 
 alone = moe_mtl.extract(model, "{task}")  # a model of its own; create_model(..., tasks=["{task}"]) gives it directly
 assert torch.allclose(alone(x)["{task}"], prediction, atol=1e-4)
 """
-    rows = [[f"`{task['name']}`", task["kind"], str(task["channels"])] for task in results["tasks"]]
-    shapes = "Shapes per kind stand in `moe_mtl.tasks`."
-    return f"```python\n{code}```\n\n{table(['task', 'kind', '#channels'], rows)}\n\n{shapes}"
 
 
 def _scores(results: Mapping[str, Any]) -> str:
@@ -151,9 +174,7 @@ def _scores(results: Mapping[str, Any]) -> str:
             others = [other["metrics"].get(task, {}).get(metric) for other in baselines]
             values = [format_metric(number, info["unit"]) for number in (value, *others)]
             if spread:
-                mean, std = (format_metric(spread[task][metric][key], info["unit"]) for key in ("mean", "std"))
-                number = mean.partition(" ")[0].rstrip("°")
-                values.insert(1, mean if spread[task][metric]["mean"] is None else f"{number} ± {std}")
+                values.insert(1, _spread(spread[task][metric], info["unit"]))
             rows.append([f"`{task}`", metric.replace("_", " "), better, *values])
     head = ["task", "metric", "better", "#this model", *(f"#{other['label']}" for other in baselines)]
     if spread:
@@ -166,12 +187,22 @@ def _scores(results: Mapping[str, Any]) -> str:
     return "\n\n".join(text)
 
 
+def _spread(over: Mapping[str, float | None], unit: str) -> str:
+    """Mean and standard deviation; the latter with two digits."""
+    mean, std = over["mean"], over["std"]
+    text = format_metric(mean, unit)
+    if mean is None or std is None:
+        return text
+    number = text.partition(" ")[0].rstrip("°")
+    return f"{number} ± {100 * std if unit == 'share' else std:.2g}{text[len(number) :]}"
+
+
 def _comparison(other: Mapping[str, Any]) -> str:
     """A sentence on the gain over a baseline, every losing task named."""
     gain = other["gain"]
     losing = sorted((value, task) for task, value in gain["per_task"].items() if value < 0)
     verdict = "no task loses" if not losing else f"{count(len(losing), 'task')} of {len(gain['per_task'])} lost: "
-    verdict += ", ".join(f"`{task}` ({value:+.1f} %)" for value, task in losing)
+    verdict += ", ".join(f"`{task}` ({value:+.{1 if value <= -0.05 else 2}f} %)" for value, task in losing)
     return (
         f"Against {other['label']} ({short(other['parameters'])} parameters): **delta_task "
         f"{gain['delta_task']:+.2f} %** (mean gain over tasks, higher is better), delta_metric "

@@ -125,7 +125,7 @@ def test_seeds_are_told_beside_the_scores(results):
     text = card(results)
     head, depth, scene, edges = (rows_of(section(text, "Scores"), name)[0] for name in ("task", "`d", "`s", "`e"))
     assert head[3:6] == ["this model", "mean ± deviation of 3 seeds", "single tasks"]
-    assert depth[3:6] == ["0.3141 m", "0.3 ± 0.0123 m", "0.2718 m"]
+    assert depth[3:6] == ["0.3141 m", "0.3 ± 0.012 m", "0.2718 m"]
     assert scene[4] == "65.0 ± 1.2 %" and edges[4] == "no value"
     assert "- The weights are those of seed 8; seeds 9, 11 score as told in Scores." in section(text, "Limits")
     assert "One training run" not in text

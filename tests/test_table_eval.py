@@ -69,5 +69,7 @@ def test_the_page_shows_it(scored):
 
 def test_the_card_of_a_table_model(scored):
     text = card(json.loads(json.dumps({**scored[0], "label": "mmoe_table.sales"})))
-    assert 'x = data.split("test").rows' in text and "images of" not in text
+    assert 'moe_mtl.Predictor("mmoe_table.sales")' in text and "images" not in text
+    columns = scored[0]["model"]["args"]["columns"]
+    assert all(f"`{column['name']}` (" in text for column in columns)
     assert "type: tabular-regression" in text and "type: tabular-classification" in text
