@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from moe_mtl import checkpoint as checkpoints
 from moe_mtl import hub, regularizers
-from moe_mtl.as_trained import check_columns, check_labels, fingerprint, first_change
+from moe_mtl.as_trained import check_columns, check_labels, fingerprint
 from moe_mtl.balancing import create_balancer
 from moe_mtl.batches import in_order, one_task_each, training_order
 from moe_mtl.data import collate, load_tokenizer
@@ -43,10 +43,11 @@ from moe_mtl.gates import Gate
 from moe_mtl.images import learn_colours
 from moe_mtl.multitask import SingleTaskSet, count_rows, task_ids
 from moe_mtl.parameter_groups import frozen_statistics, names_in_order, parameter_groups
+from moe_mtl.run_folder import CHECKPOINTS, INSTEAD, RUN, last_checkpoint
 from moe_mtl.run_log import RunLog
 from moe_mtl.scoring import TaskMetrics
 from moe_mtl.tasks import Task
-from moe_mtl.trainer_config import FREE_TO_CHANGE, TrainerConfig, lr_factor
+from moe_mtl.trainer_config import TrainerConfig, lr_factor
 from moe_mtl.two_step import two_step_losses
 from moe_mtl.validation import validate
 
@@ -336,52 +337,26 @@ class Trainer:
         return record | {"factor": self.balancer.factors(), "lr": lr, "seconds": self.seconds}
 
     def _diverged(self, what: str, step: int) -> TrainingDiverged:
-        last = None if self.out is None else checkpoints.latest(self.out / "checkpoints")
+        last = None if self.out is None else checkpoints.latest(self.out / CHECKPOINTS)
         where = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
         return TrainingDiverged(f"step {step}: {what}; training stopped, {where}. Try a lower lr or grad_clip")
 
     def _open_run(self, out: Path) -> dict[str, Any] | None:
         """Makes `out` ready and goes to its last checkpoint; returns its random state, or None for a new run."""
-        state = self._last_state(out)
-        hub.replace_file(out / "run.json", lambda path: path.write_text(json.dumps(self.run, indent=1) + "\n"))
+        last = last_checkpoint(out, self.config, self.run, self.table)
+        state = None
+        if last is not None:
+            path, found = last
+            if self.early is not None and (early := found.state.get("early")) is not None:
+                self.early.load_state_dict(early)
+                if self.early.over:
+                    raise ValueError(
+                        f"out: the run in {out} is finished (its patience was over after {found.step} steps); raise "
+                        f"patience to train on, {INSTEAD}"
+                    )
+            state = self._restore(path, found)
+        hub.replace_file(out / RUN, lambda path: path.write_text(json.dumps(self.run, indent=1) + "\n"))
         return state
-
-    def _last_state(self, out: Path) -> dict[str, Any] | None:
-        config, folder = self.config, out / "checkpoints"
-        instead = "pass overwrite=true to throw it away, or another out"
-        if config.overwrite:
-            for name in ("checkpoints", "tensorboard"):
-                checkpoints.empty(out / name)
-            for name in ("metrics.jsonl", "run.json", hub.CONFIG, hub.WEIGHTS):
-                (out / name).unlink(missing_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
-        last = checkpoints.latest(folder)
-        if last is None:
-            if (out / hub.WEIGHTS).exists():
-                raise ValueError(f"out: {out} holds a model but no checkpoint of a run; {instead}")
-            return None
-        if not config.resume:
-            raise ValueError(f"out: {out} holds a run and resume is false; {instead}")
-        found = checkpoints.read(last)
-        changed = [d for d in checkpoints.differences(found.run, self.run) if d[0] not in FREE_TO_CHANGE]
-        if changed:
-            listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, old, new in changed)
-            raise ValueError(f"out: {out} holds a different run ({listed}); set these back, {instead}")
-        if what := first_change(found.state.get("table", {}), self.table):
-            raise ValueError(f"out: the run in {out} was on another table: {what}; put the old file back, {instead}")
-        if found.step >= config.steps:
-            raise ValueError(
-                f"out: the run in {out} is finished ({found.step} steps, steps is {config.steps}); "
-                f"raise steps to train on, {instead}"
-            )
-        if self.early is not None and (early := found.state.get("early")) is not None:
-            self.early.load_state_dict(early)
-            if self.early.over:
-                raise ValueError(
-                    f"out: the run in {out} is finished (its patience was over after {found.step} steps); raise "
-                    f"patience to train on, {instead}"
-                )
-        return self._restore(last, found)
 
     def _restore(self, path: Path, found: checkpoints.Checkpoint) -> dict[str, Any]:
         state = found.state
@@ -416,4 +391,4 @@ class Trainer:
             "early": None if self.early is None else self.early.state_dict(),
         }
         found = checkpoints.Checkpoint(self.step, self.model.state_dict(), state, self.run)
-        checkpoints.write(out / "checkpoints", found, self.config.keep)
+        checkpoints.write(out / CHECKPOINTS, found, self.config.keep)

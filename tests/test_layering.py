@@ -102,12 +102,14 @@ ALLOWED = {
     "checkpoint": {"hub", "tasks"},
     "early_stopping": set(),
     "parameter_groups": {"trainer_config"},
+    "run_folder": {"as_trained", "checkpoint", "hub", "trainer_config"},
     "trainer": {
         *("as_trained", "balancing", "batches", "checkpoint", "data", "early_stopping", "gates", "hub", "images"),
         *(
             "multitask",
             "parameter_groups",
             "regularizers",
+            "run_folder",
             "run_log",
             "scoring",
             "tasks",
