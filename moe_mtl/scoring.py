@@ -144,7 +144,8 @@ def multi_task_gain(
     """Compares a multi-task model with a baseline, usually single-task models, in the two conventions in use.
 
     The gain of a metric is s (N - B) / |B| in percent: N the result, B the baseline, s +1 if higher is better, else -1.
-    Where |B| <= near_zero the quotient says nothing and 100 s (N - B), the absolute difference, stands in for it.
+    Where |B| <= near_zero, and of metrics such as R² (`MetricInfo.by_difference`), the quotient says nothing and
+    100 s (N - B), the absolute difference, stands in for it.
 
     Source: the task average as in Maninis et al. 2019, Vandenhende et al. 2021 and LibMTL; the metric average as in
     Nash-MTL (Navon et al. 2022) and FAMO. They are not interchangeable, and neither is comparable across baselines.
@@ -162,7 +163,7 @@ def multi_task_gain(
         per_metric: percent gain of each metric of each task.
         worst_task, worst_gain: the task with the smallest gain, and that gain.
         tasks_worse: how many tasks lost against the baseline.
-        absolute: "task/metric" of each baseline near zero.
+        absolute: "task/metric" of each that was compared by difference.
 
     Raises:
         ValueError: a task or metric is missing, None or NaN in results or baseline, or no task has a metric.
@@ -171,13 +172,14 @@ def multi_task_gain(
     absolute: list[str] = []
     for task in check_tasks(tasks):
         for metric in task.metrics:
-            sign = 1.0 if metric_info(metric).higher_is_better else -1.0
+            info = metric_info(metric)
+            sign = 1.0 if info.higher_is_better else -1.0
             new = _value("results", results, task.name, metric)
             old = _value("baseline", baseline, task.name, metric)
-            if abs(old) <= near_zero:
+            by_difference = info.by_difference or abs(old) <= near_zero
+            if by_difference:
                 absolute.append(f"{task.name}/{metric}")
-            gain = 100 * sign * (new - old) / (abs(old) if abs(old) > near_zero else 1)
-            gains.setdefault(task.name, {})[metric] = gain
+            gains.setdefault(task.name, {})[metric] = 100 * sign * (new - old) / (1 if by_difference else abs(old))
     if not gains:
         raise ValueError(f"tasks: none of {[task.name for task in tasks]} lists a metric")
     per_task = {name: sum(values.values()) / len(values) for name, values in gains.items()}

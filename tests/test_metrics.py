@@ -755,8 +755,9 @@ def test_no_change_is_no_gain():
 def test_more_of_a_good_metric_is_a_gain(metric, direction):
     task = task_for(metric, min(METRICS[metric].kinds))
     gain = multi_task_gain({"t": {metric: 0.6}}, {"t": {metric: 0.5}}, [task])
-    assert gain["delta_task"] == pytest.approx(direction * 20)
-    assert gain["delta_metric"] == pytest.approx(-direction * 20)
+    expected = 10 if metric == "r2" else direction * 20  # of a half, or a difference
+    assert gain["delta_task"] == pytest.approx(expected)
+    assert gain["delta_metric"] == pytest.approx(-expected)
 
 
 def test_a_baseline_near_zero_is_compared_by_difference():
@@ -766,6 +767,13 @@ def test_a_baseline_near_zero_is_compared_by_difference():
     gain = multi_task_gain(new, base, GAIN_TASKS)
     assert gain["per_task"] == pytest.approx({"semseg": 3.0, "normals": -25.0})
     assert gain["absolute"] == ["semseg/miou", "normals/angle_mean"]
+
+
+def test_variance_explained_is_compared_by_difference():
+    task = Task.regression("t", metrics={"r2": {}, "rmse": {}})
+    gain = multi_task_gain({"t": {"r2": 0.1, "rmse": 2.0}}, {"t": {"r2": -0.02, "rmse": 1.0}}, [task])
+    assert gain["per_metric"]["t"] == pytest.approx({"r2": 12.0, "rmse": -100.0})
+    assert gain["absolute"] == ["t/r2"]
 
 
 def test_published_row_of_nyuv2():

@@ -78,6 +78,7 @@ class MetricInfo:
             a number without one.
         kinds: the kinds of task it can score.
         description: one line.
+        by_difference: gains are differences; of values whose zero is no natural start a quotient says nothing.
     """
 
     factory: Callable[..., Metric]
@@ -85,6 +86,7 @@ class MetricInfo:
     unit: str
     kinds: frozenset[str]
     description: str
+    by_difference: bool = False
 
 
 def _info(
@@ -96,7 +98,8 @@ def _info(
         return cls(**given(task), **args)
 
     description = (cls.__doc__ or "").partition("\n")[0].partition("; ")[0]
-    return MetricInfo(factory, bool(cls.higher_is_better), unit, frozenset(kinds), description)
+    by_difference = getattr(cls, "by_difference", False)
+    return MetricInfo(factory, bool(cls.higher_is_better), unit, frozenset(kinds), description, by_difference)
 
 
 def _classes(task: Task) -> dict[str, Any]:

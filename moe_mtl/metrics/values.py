@@ -160,6 +160,7 @@ class R2(Summed):
     """
 
     higher_is_better = True
+    by_difference = True  # a baseline may lie anywhere, near zero and below
     residual: Tensor
     moments: Tensor
     lowest: Tensor
