@@ -338,7 +338,8 @@ def test_a_bundled_model_scores_what_its_card_says(name, tmp_path):
         options.append(f"--data.root={folder}")
     found = load_script(ROOT / "eval.py").main([name, *options, f"--out={tmp_path / 'results.json'}"])
     found["data"]["spec"] |= {"root": root} if root else {}
-    assert found["data"] == told["data"]
+    again = json.loads(json.dumps(found["data"]))
+    assert {name: again[name] for name in told["data"]} == told["data"]  # older results tell less
     slack = {"share": SAMPLES / told["data"]["samples"], "°": ANGLE}
     changed = []
     for task, metrics in told["metrics"].items():
