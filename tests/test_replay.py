@@ -233,11 +233,27 @@ def test_arguments_in_one_memory(made):
         assert torch.equal(got, rows[[5, 4, 3, 2]])
 
 
-def test_buffers_are_freed_after_their_last_use(made):
+def test_one_tensor_in_two_places(made):
+    """Its record would take a later call's two tensors for one."""
+    leaves, idx = make(8, 16, 16, 16, 3, 2)
+    x, w1, b1, w2, b2, gates = (t.detach() for t in leaves)
+    plan = routed(idx, 3)
+    for second, w in ((b1, w1), (b1, w1), (b1, w2), (b2, w2), (b2, w1), (b2, w2), (b1, w1)):
+        got = ops.moe_mlp(x, w1, b1, w, second, gates, plan, backend="triton")
+        torch.testing.assert_close(got, reference.moe_mlp(x, w1, b1, w, second, gates, idx))
+    made.clear()
+    got = ops.moe_mlp(x, w1, b1, w1, b1, gates, plan, backend="triton")  # like one that was recorded by now
+    torch.testing.assert_close(got, reference.moe_mlp(x, w1, b1, w1, b1, gates, idx))
+    assert made == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # 16 bits are described as blocks
+def test_buffers_are_freed_after_their_last_use(made, dtype):
     """Not at the end of the call: a backward holds what it still needs, and last its results."""
-    leaves, idx = make(16, 16, 16, 16, 3, 2)
+    leaves, idx = make(16, 16, 16, 16, 3, 2, dtype=dtype)
     x, w1, _, w2, b2, gates = (t.detach() for t in leaves)
-    args = (torch.randn(16, 16), x, torch.randn(32, 16), w1, w2, b2, gates, routed(idx, 3), "gelu", False, [True] * 6)
+    dy, z = torch.randn(16, 16).to(dtype), torch.randn(32, 16).to(dtype)
+    args = (dy, x, z, w1, w2, b2, gates, routed(idx, 3), "gelu", False, [True] * 6)
     for _ in range(2):
         gpu.moe_mlp_backward(*args)
     replay = [*gpu.moe_mlp_backward.known.values()][-1]
