@@ -132,19 +132,23 @@ def _use(results: Mapping[str, Any]) -> str:
 
 
 def _use_of_table(results: Mapping[str, Any]) -> str:
-    task = results["tasks"][0]["name"]
+    task, kind = (results["tasks"][0][key] for key in ("name", "kind"))
     columns = results["model"]["args"].get("columns") or []
-    first = next((column["name"] for column in columns if column["kind"] == "numeric"), "a_number")
+    same = f'moe_mtl.Predictor(alone)(row)["{task}"]'
+    if kind in ("binary", "classification"):
+        same = f'assert {same}["label"] == prediction["label"]'
+    numbers = [f' | {{"{column["name"]}": 40}}' for column in columns if column["kind"] == "numeric"]
+    given = numbers[0] if numbers else ""
     return f"""\
 import moe_mtl
 
 predict = moe_mtl.Predictor("{results["label"]}")
 row = {{column["name"]: None for column in predict.model.config["args"]["columns"]}}  # None where a value is missing
-predictions = predict(row | {{"{first}": 40}})  # {{task: answer}}, all tasks; of a data frame a list of such
+predictions = predict(row{given})  # {{task: answer}}, all tasks; of a data frame a list of such
 prediction = predict(row, tasks=["{task}"])["{task}"]  # runs the path of that task only
 
 alone = moe_mtl.extract(predict.model, "{task}")  # a model of its own
-assert moe_mtl.Predictor(alone)(row)["{task}"]["label"] == prediction["label"]
+{same if same.startswith("assert") else f"{same}  # the same, up to rounding"}
 """
 
 

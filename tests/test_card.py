@@ -4,13 +4,14 @@ import copy
 import json
 import re
 
+import pandas
 import pytest
 import torch
 import yaml
 
 from moe_mtl import create_model, hub, pretrained
 from moe_mtl.card import card
-from moe_mtl.data import ProcRoom
+from moe_mtl.data import ProcRoom, Table
 from moe_mtl.pretrained import sha256
 from moe_mtl.results import describe_weights, format_metric
 from moe_mtl.tasks import Task
@@ -129,6 +130,25 @@ def test_seeds_are_told_beside_the_scores(results):
     assert scene[4] == "65.0 ± 1.2 %" and edges[4] == "no value"
     assert "- The weights are those of seed 8; seeds 9, 11 score as told in Scores." in section(text, "Limits")
     assert "One training run" not in text
+
+
+@pytest.mark.parametrize("column", ["age", "job"])
+@pytest.mark.parametrize("task", ["hours", "income"])
+def test_the_use_of_a_table_model_runs(results, tmp_path, column, task):
+    """Whatever it predicts first, and without a column of numbers."""
+    labels = {"hours": [38.5, 40.0, 20.5, 31.0] * 5, "income": [0, 1, 1, 0] * 5}
+    frame = pandas.DataFrame({"age": [25, 40, 60, 33] * 5, "job": ["cook", "nurse"] * 10})[[column]].assign(**labels)
+    frame.to_csv(tmp_path / "people.csv", index=False)
+    data = Table(root=str(tmp_path / "people.csv"), tasks=",".join(sorted(labels, key=lambda name: name != task)))
+    model = create_model("mmoe_table", tasks=data.task_list(), **data.model_args())
+    results |= {"label": str(hub.save(model, tmp_path / "people")), "model": {**results["model"], **model.config}}
+    results["tasks"] = [task.to_dict() for task in model.tasks]
+    results["metrics"] = results["metric_info"] = {}
+    results["baselines"] = []
+    (code,) = re.findall(r"```python\n(.*?)```", section(card(results), "Use"), re.S)
+    found = {}
+    exec(code, found)
+    assert found["predictions"].keys() == {"hours", "income"} and (" | {" in code) == (column == "age")
 
 
 def test_losing_tasks_are_named(results):
