@@ -185,7 +185,8 @@ def spread(
         {task: {metric: {"mean", "std"}}}.
 
     Raises:
-        ValueError: a repeat is of another model, has a seed that was there, or was scored on other samples.
+        ValueError: a repeat is of another model, has a seed that was there, lacks a metric, or was scored on other
+            samples.
     """
     seeds = [results.get("seed")]
     for other in repeats:
@@ -198,6 +199,9 @@ def spread(
                 f"{results['model']['name']} of {results['model']['parameters']:,}; expected the same with other seeds"
             )
         _check_alike(results, other, tasks, "repeat")
+        lacking = [f"{t} {m}" for t, row in results["metrics"].items() for m in row if m not in other["metrics"][t]]
+        if lacking:
+            raise ValueError(f"repeat: {other['label']} has no {', '.join(lacking)}; score it again with this eval.py")
     runs = [results["metrics"], *(other["metrics"] for other in repeats)]
     found: dict[str, dict[str, dict[str, float]]] = {}
     for task, row in results["metrics"].items():

@@ -230,6 +230,11 @@ def test_repeats_with_other_seeds(script, folder, tmp_path):
         assert results["spread"]["depth"][metric] == pytest.approx({"mean": 2 * value, "std": value})
     with pytest.raises(ValueError, match=r"repeat: tiny has seed 0, expected another than \[0\]"):
         run(script, folder, "--tasks=depth", f"--repeat={tmp_path / 'a.json'}", f"--out={tmp_path / 'd.json'}")
+    rmse = other["metrics"]["depth"].pop("rmse")
+    (tmp_path / "2.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="repeat: tiny has no depth rmse; score it again"):
+        run(script, folder, "--tasks=depth", *repeats, f"--out={tmp_path / 'd.json'}")
+    other["metrics"]["depth"]["rmse"] = rmse
     other["model"]["parameters"] += 1
     (tmp_path / "2.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match=r"repeat: tiny is a .*expected the same with other seeds"):
