@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     baselines = [read_baseline(path, tasks) for path in given.baseline or ()]
     repeats = [read_baseline(path, tasks, "repeat") for path in given.repeat or ()]
 
-    (samples,) = read_splits(model, given.data, given.split)
+    (samples,) = read_splits(model, given.data, given.split, tasks=names)
     scored = score(model, samples, tasks, given.batch_size, given.limit)
     shown, inputs, usage = scored.pop("shown"), scored.pop("inputs"), scored.pop("usage")
     activity = expert_activity(model, [inputs])

@@ -6,7 +6,7 @@ after a change, mean something else to a model. Labels of pictures and texts mus
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -24,11 +24,12 @@ from moe_mtl.tasks import Task, nearest
 Fingerprint = Mapping[str, Mapping[str, str]]
 
 
-def read_splits(model: Any, data: Any, *names: str) -> list[Any]:
+def read_splits(model: Any, data: Any, *names: str, tasks: Sequence[str] | str | None = None) -> list[Any]:
     """Splits of a data set; those of a table as a model reads them, whatever file it was trained on.
 
     Rows are encoded with the model's columns, and the names of classes looked up among the model's. A binary label has
-    no names: the smaller value is "no" in every file.
+    no names: the smaller value is "no" in every file. Labels of pictures and texts are checked of `tasks` alone, where
+    these are not all that matter.
 
     Raises:
         ValueError: an unknown split or one without rows; a column the model needs is missing; a label is of another
@@ -37,7 +38,8 @@ def read_splits(model: Any, data: Any, *names: str) -> list[Any]:
     """
     columns = columns_of(model)
     if columns is None or not isinstance(data, TableData):
-        check_labels(model, data)
+        wanted = [tasks] if isinstance(tasks, str) else tasks
+        check_labels([task for task in model.tasks if wanted is None or task.name in wanted], data)
         return [data.split(name) for name in names]
     found = (_with_kinds(data, model.tasks) if isinstance(data, Table) else data).source()
     return [_read_split(found, columns, model.tasks, name) for name in names]
@@ -50,15 +52,15 @@ def columns_of(model: Any) -> tuple[Column, ...] | None:
     return read_columns(columns) if columns else None
 
 
-def check_labels(model: Any, data: Any) -> None:
+def check_labels(tasks: Iterable[Task], data: Any) -> None:
     """Refuses data whose labels are of another kind, of another number of classes or values, or of classes in another
-    order than those of the model's tasks of the same names.
+    order than those of a model's tasks of the same names.
 
     Raises:
         ValueError: names the first task that differs.
     """
     known = {task.name: task for task in data.task_list()}
-    for task in model.tasks:
+    for task in tasks:
         found = known.get(task.name, task)
         for what, ours, theirs in (("kind", task.kind, found.kind), ("channels", task.channels, found.channels)):
             if ours != theirs:

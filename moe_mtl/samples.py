@@ -55,7 +55,7 @@ def samples_of(
     """
     held = val
     if hasattr(data, "split") and hasattr(data, "task_list"):
-        data, *rest = read_splits(model, data, "train", *(["val"] if val is None else []))
+        data, *rest = read_splits(model, data, "train", *(["val"] if val is None else []), tasks=tasks)
         held = rest[0] if rest else val
     else:
         data = read_samples(model, data, "data")

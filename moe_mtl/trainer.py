@@ -98,7 +98,7 @@ class Trainer:
         if lacking := sorted(set(names) - {task.name for task in data.task_list()}):
             raise ValueError(f"data: has no task {', '.join(lacking)}, which the model predicts")
         check_columns(model, data)
-        check_labels(model, data)
+        check_labels(self.trained, data)
         self.table = fingerprint(data)
         regularizers.check(config.regularizers, config.regularizer_args)
         TaskMetrics(self.trained)  # refuses a metric that does not fit its task now, not at the first evaluation
