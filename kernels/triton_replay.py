@@ -75,11 +75,12 @@ class replayed:
 def replays_on(device: torch.device) -> bool:
     """Whether calls are replayed there: on the GPU that is the current one, unless a profiler follows every launch."""
     hooks = triton.knobs.runtime
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook  # chains, or what somebody put in their place
     return (
         device.type == "cuda"
         and device.index == torch.cuda.current_device()
-        and not hooks.launch_enter_hook.calls
-        and not hooks.launch_exit_hook.calls
+        and not getattr(enter, "calls", enter)
+        and not getattr(leave, "calls", leave)
     )
 
 

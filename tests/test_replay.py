@@ -304,6 +304,12 @@ def test_a_profiler_sees_every_launch(monkeypatch):
     finally:
         hook.remove(print)
     assert replaying.replays_on(device)
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        with monkeypatch.context() as changed:
+            changed.setattr(triton.knobs.runtime, name, None)
+            assert replaying.replays_on(device)
+            changed.setattr(triton.knobs.runtime, name, print)
+            assert not replaying.replays_on(device)
 
 
 def test_launches_tell_who_watches(monkeypatch):
