@@ -48,7 +48,8 @@ def read_splits(model: Any, data: Any, *names: str, tasks: Sequence[str] | str |
 def columns_of(model: Any) -> tuple[Column, ...] | None:
     """The columns a model of tables was made with; None of other models, also where the option is empty."""
     config = getattr(model, "config", None)  # that of a model of one's own may be anything
-    columns = config.get("args", {}).get("columns") if isinstance(config, Mapping) else None
+    args = config.get("args") if isinstance(config, Mapping) else None
+    columns = args.get("columns") if isinstance(args, Mapping) else None
     return read_columns(columns) if columns else None
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Colours(NamedTuple):
@@ -45,8 +45,10 @@ def learn_colours(model: Any, x: Tensor, *, whole: bool) -> str | None:
     Returns:
         What to tell the user; None where the colours are those the model was made for.
     """
-    parts = [model, *getattr(model, "models", {}).values()]
-    scaled = [part for part in parts if getattr(part, "colours", AS_THEY_ARE) != AS_THEY_ARE]
+    models = getattr(model, "models", None)  # in a model of one's own, as all that is read here, it may be anything
+    parts = [model, *(models.values() if isinstance(models, nn.ModuleDict) else ())]
+    scaled = [part for part in parts if isinstance(getattr(part, "colours", None), Colours)]
+    scaled = [part for part in scaled if part.colours != AS_THEY_ARE]
     if not scaled or not x.numel() or x.min() < 0 or x.max() > 1:
         return None
     mean, std = (", ".join(f"{value:.3g}" for value in values) for values in scaled[0].colours)
@@ -55,8 +57,10 @@ def learn_colours(model: Any, x: Tensor, *, whole: bool) -> str | None:
         return f"{told}; moe_mtl.Predictor scales pictures so: scale these, or the tasks learn from other colours"
     for part in scaled:
         part.colours = AS_THEY_ARE
-    args = getattr(model, "config", {}).get("args", {})
-    args.update({name: list(values) for name, values in AS_THEY_ARE._asdict().items() if name in args})
+    config = getattr(model, "config", None)
+    args = config.get("args") if isinstance(config, dict) else None
+    if isinstance(args, dict):
+        args.update({name: list(values) for name, values in AS_THEY_ARE._asdict().items() if name in args})
     return f"{told}; from now on moe_mtl.Predictor leaves them as they are"
 
 

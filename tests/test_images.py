@@ -167,6 +167,29 @@ def test_every_kind_of_model_is_trained_tuned_and_scored_on_pictures(name):
     assert len(samples) == len(data)
 
 
+class Own(torch.nn.Module):
+    """A model of one's own, whose attributes have a meaning of its own."""
+
+    tasks, models, colours, config = TASKS, ("left", "right"), ("red", "green", "blue"), {"args": None}
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3 * 16 * 16, 4)
+
+    def forward(self, x, tasks=None, return_routing=False):
+        y = self.layer(x.flatten(1))
+        found = {"left": y[:, :3], "right": y[:, 3]}
+        found = {name: found[name] for name in tasks or found}
+        return (found, {}) if return_routing else found
+
+
+def test_a_model_of_ones_own_is_trained_whatever_its_attributes_are(tmp_path, capsys):
+    how = TrainerConfig(out=str(tmp_path / "run"), steps=1, batch_size=4, eval_every=0, progress=False)
+    model = Trainer(Own(), rows(), how).fit()
+    assert (model.models, model.colours) == (Own.models, Own.colours)
+    assert "gets no model folder: model: was changed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["timm_moe", "timm_shared_bottom", "timm_single_task"])
 def test_fresh_weights_know_no_colours_but_those_they_are_told(name, tmp_path):
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
