@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from moe_mtl import extract, moefy
+from moe_mtl import extract, moefy, save
 from moe_mtl.backbones import TextModel
 from moe_mtl.backbones.hf_encoder import describe_encoder, moefy_encoder, read_encoder
 from moe_mtl.diagnostics import expert_usage
@@ -221,6 +221,17 @@ def test_of_a_model_with_a_head_the_encoder_is_taken(kind, capsys):
     assert f"backbone parameters {before:.3f} M ->" in capsys.readouterr().err
     again = read_encoder(describe_encoder(model.backbone))  # what a saved model is built from
     assert type(again) is type(dense.base_model)
+
+
+def test_a_configuration_that_contradicts_itself_is_refused_by_name(tmp_path):
+    config = transformers.ModernBertConfig(**SIZES, **MODERN)
+    model = moefy_encoder(transformers.ModernBertModel(config), [Task.classification("intent", 3)], None)
+    encoder = {**describe_encoder(model.backbone), "layer_types": ["full_attention"]}
+    with pytest.raises(ValueError, match=r"encoder: transformers takes no such configuration .*validate_layer_type"):
+        read_encoder(encoder)
+    model.config = {"name": "text_shared_bottom", "args": {"encoder": encoder, "attention": None}}
+    with pytest.raises(ValueError, match="model: was changed since it was made"):
+        save(model, tmp_path)
 
 
 @pytest.mark.parametrize("buckets", [4, -1])

@@ -116,14 +116,19 @@ def read_encoder(encoder: str | Mapping[str, Any], attention: str | None = None)
 
     Raises:
         OSError: there is no such folder or name.
-        ValueError: the configuration is of no type transformers knows, or the encoder has no such attention.
+        ValueError: the configuration is of no type transformers knows or contradicts itself, or the encoder has no such
+            attention.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel, AutoModelForTextEncoding
 
     if isinstance(encoder, str):
         config = AutoConfig.from_pretrained(encoder)
     else:
-        config = AutoConfig.for_model(**{"model_type": "", **encoder})
+        try:
+            config = AutoConfig.for_model(**{"model_type": "", **encoder})
+        except StrictDataclassError as error:
+            raise ValueError(f"encoder: transformers takes no such configuration ({error})") from error
     auto = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
     how = {} if attention is None else {"attn_implementation": attention}
     return auto.from_pretrained(encoder, **how) if isinstance(encoder, str) else auto.from_config(config, **how)
