@@ -23,6 +23,7 @@ from moe_mtl import __version__, sparse
 from moe_mtl.experts import shapes_only
 from moe_mtl.folded import fold_layers
 from moe_mtl.folder_card import folder_card, is_own
+from moe_mtl.images import write_colours
 from moe_mtl.locate import CARD, HUB_ID, find
 from moe_mtl.pretrained import CONFIG, WEIGHTS, check_sha256, missing_files, pretrained_folder
 from moe_mtl.registry import create_model
@@ -71,6 +72,9 @@ def save(
         raise ValueError(f"model: a {type(model).__name__} without a `config` that names its architecture; {why}")
     folder = Path(folder)
     config = {**named.config, "tasks": [task.to_dict() for task in named.tasks], "moe_mtl": __version__}
+    if isinstance(config.get("args"), dict):
+        write_colours(model, args := dict(config["args"]))
+        config["args"] = args
     if hasattr(model, "extraction"):
         config["extraction"] = asdict(named.extraction)
     # copies: tied weights, such as T5's embeddings, share memory, which the format refuses

@@ -25,13 +25,21 @@ class Colours(NamedTuple):
         Raises:
             ValueError: a standard deviation that is not above 0.
         """
-        mean, std = tuple(mean or (0.0,)), tuple(std or (1.0,))
+        given = ([] if values is None else [float(value) for value in values] for values in (mean, std))
+        mean, std = (tuple(values) or neutral for values, neutral in zip(given, ((0.0,), (1.0,)), strict=True))
         if not all(value > 0 for value in std):
             raise ValueError(f"std: got {list(std)}, expected numbers above 0")
         return cls(mean, std)
 
 
 AS_THEY_ARE = Colours()
+
+
+def write_colours(model: Any, args: dict[str, Any]) -> None:
+    """Puts the colours of a model, or of a set of single-task models, into its options where these name colours."""
+    colours = next((part.colours for part in _parts(model) if hasattr(part, "colours")), None)
+    if isinstance(colours, tuple) and len(colours) == 2 and "mean" in args and "std" in args:
+        args |= {name: list(values) for name, values in Colours.of(*colours)._asdict().items()}
 
 
 def learn_colours(model: Any, x: Tensor, *, whole: bool) -> str | None:
@@ -45,9 +53,7 @@ def learn_colours(model: Any, x: Tensor, *, whole: bool) -> str | None:
     Returns:
         What to tell the user; None where the colours are those the model was made for.
     """
-    models = getattr(model, "models", None)  # in a model of one's own, as all that is read here, it may be anything
-    parts = [model, *(models.values() if isinstance(models, nn.ModuleDict) else ())]
-    scaled = [part for part in parts if isinstance(getattr(part, "colours", None), Colours)]
+    scaled = [part for part in _parts(model) if isinstance(getattr(part, "colours", None), Colours)]
     scaled = [part for part in scaled if part.colours != AS_THEY_ARE]
     if not scaled or not x.numel() or x.min() < 0 or x.max() > 1:
         return None
@@ -60,8 +66,14 @@ def learn_colours(model: Any, x: Tensor, *, whole: bool) -> str | None:
     config = getattr(model, "config", None)
     args = config.get("args") if isinstance(config, dict) else None
     if isinstance(args, dict):
-        args.update({name: list(values) for name, values in AS_THEY_ARE._asdict().items() if name in args})
+        write_colours(model, args)
     return f"{told}; from now on moe_mtl.Predictor leaves them as they are"
+
+
+def _parts(model: Any) -> list[Any]:
+    """A model and those it is a set of. In a model of one's own `models` may be anything."""
+    models = getattr(model, "models", None)
+    return [model, *(models.values() if isinstance(models, nn.ModuleDict) else ())]
 
 
 def check_images(x: Any, dtype: torch.dtype) -> None:

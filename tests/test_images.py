@@ -9,7 +9,7 @@ import torch
 
 from moe_mtl import Predictor, create_model, extract, finetune, load, moefy, save
 from moe_mtl.as_trained import read_splits
-from moe_mtl.images import AS_THEY_ARE
+from moe_mtl.images import AS_THEY_ARE, Colours
 from moe_mtl.tasks import Task
 from moe_mtl.trainer import Trainer
 from moe_mtl.trainer_config import TrainerConfig
@@ -137,6 +137,29 @@ def test_colours_of_a_backbone_are_saved_with_the_model(tmp_path):
         assert again.colours == OWN and agrees(again, scaled) and again.config == made.config
 
 
+def test_colours_put_in_by_hand_are_saved_too(tmp_path):
+    model, single = moefied(), create_model("timm_single_task", tasks=TASKS, mean=[0.5], std=[0.5], **small_timm())
+    assert agrees(single, lambda image: (image - 0.5) / 0.5)
+    for one in (model, *single.models.values()):
+        one.colours = Colours((0.3,), (0.2,))
+    for one in (model, single):
+        made = dict(one.config["args"])
+        again = load(save(one, tmp_path / "m"))
+        assert agrees(again, lambda image: (image - 0.3) / 0.2) and one.config["args"] == made
+
+
+def small_timm():
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    return {"backbone": "vit_tiny_patch16_224", "backbone_args": sizes, "head_width": 8}
+
+
+def test_colours_are_numbers_of_any_library():
+    halves = np.full(3, 0.5, dtype=np.float32)
+    assert Colours.of(halves, torch.tensor([0.25])) == ((0.5, 0.5, 0.5), (0.25,))
+    assert Colours.of(None, []) == AS_THEY_ARE
+    assert all(type(value) is float for value in Colours.of(list(halves), None).mean)
+
+
 def test_a_model_trained_on_colours_of_0_to_1_is_fed_these(tmp_path, capsys):
     model = train(moefied(), rows())
     assert "made for mean 0.1, 0.2, 0.3 and std 0.5, 0.6, 0.7; from now on" in capsys.readouterr().err
@@ -192,8 +215,7 @@ def test_a_model_of_ones_own_is_trained_whatever_its_attributes_are(tmp_path, ca
 
 @pytest.mark.parametrize("name", ["timm_moe", "timm_shared_bottom", "timm_single_task"])
 def test_fresh_weights_know_no_colours_but_those_they_are_told(name, tmp_path):
-    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    how = {"backbone": "vit_tiny_patch16_224", "backbone_args": sizes, "head_width": 8}
+    how = small_timm()
     how |= {"experts": 2, "k": 1} if name == "timm_moe" else {}
     assert agrees(create_model(name, tasks=TASKS, **how).eval(), lambda image: image)
     told = create_model(name, tasks=TASKS, mean=OWN[0], std=OWN[1], **how).eval()

@@ -67,7 +67,10 @@ ALLOWED = {
         "trainer_config",
     },
     "hub_mixin": {"hub", "locate", "tasks"},
-    "hub": {"experts", "folded", "folder_card", "locate", "pretrained", "pruning", "registry", "sparse", "tasks"},
+    "hub": {
+        *("experts", "folded", "folder_card", "images", "locate", "pretrained", "pruning", "registry", "sparse"),
+        "tasks",
+    },
     "tensor_file": set(),
     "bounded": {"experts", "hub", "routing", "tensor_file"},
     "inputs": {"backbones", "columns", "data"},
