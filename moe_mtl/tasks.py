@@ -266,7 +266,9 @@ class Task:
             target = target.masked_fill(~valid.unsqueeze(1), 0.0)
         else:
             target = target.masked_fill(~valid, 0.0)
-        prediction = prediction.float()
+        among_channels = self.kind in CLASS_KINDS or self.kind == "normals"
+        # before the loss, whose gradient would be NaN where what is predicted is not finite
+        prediction = prediction.float().where(valid.unsqueeze(1) if among_channels else valid, 0.0)
         if self.kind == "regression":
             prediction, target = prediction / self.std, target / self.std
         per_element = LOSSES[self.loss](prediction, target, **self.loss_args)
