@@ -77,13 +77,15 @@ def save(
         config["args"] = args
     if hasattr(model, "extraction"):
         config["extraction"] = asdict(named.extraction)
-    # copies: tied weights, such as T5's embeddings, share memory, which the format refuses
-    weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     if dtype is not None:
         config["dtype"] = HALF[dtype]
-        weights = {name: _in_half(name, tensor, dtype) for name, tensor in weights.items()}
     text = json.dumps(config, indent=2)  # before anything is written: a config that is not JSON fails here
-    _check_built(weights, json.loads(text), folder / WEIGHTS)
+    state = model.state_dict()
+    _check_built(state, json.loads(text), folder / WEIGHTS)  # its memory is free again before weights are copied
+    # copies: tied weights, such as T5's embeddings, share memory, which the format refuses
+    weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    if dtype is not None:
+        weights = {name: _in_half(name, tensor, dtype) for name, tensor in weights.items()}
     with replacing(folder) as new:
         save_file(weights, new / WEIGHTS, metadata={"format": "pt", CONFIG: text})
         (new / CONFIG).write_text(text + "\n")

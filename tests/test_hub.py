@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,25 @@ def test_a_model_that_would_not_load_is_not_saved(tmp_path, change):
     with pytest.raises(ValueError, match=r"model: was changed since it was made, and `load` would not take it: .*miss"):
         hub.save(m, kept)
     assert snapshot(kept) == before
+
+
+def test_weights_are_copied_after_the_model_that_load_builds_is_gone(tmp_path, monkeypatch):
+    """Not beside it: a save takes the memory of one model more, not of two."""
+    built, build, half = [], hub.build, hub._in_half
+
+    def noted(config, where):
+        made = build(config, where)
+        built.append(weakref.ref(made.heads["scene"].out.weight))
+        return made
+
+    def copied(name, tensor, dtype):
+        assert built and built[0]() is None
+        return half(name, tensor, dtype)
+
+    monkeypatch.setattr(hub, "build", noted)
+    monkeypatch.setattr(hub, "_in_half", copied)
+    hub.save(model(), tmp_path / "m", dtype=torch.bfloat16)
+    assert len(built) == 1
 
 
 def test_saving_draws_no_random_numbers(tmp_path):
