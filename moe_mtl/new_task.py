@@ -24,7 +24,7 @@ from moe_mtl.diagnostics import expert_usage
 from moe_mtl.gates import VisibleExperts
 from moe_mtl.multitask import task_ids
 from moe_mtl.new_experts import task_layers
-from moe_mtl.samples import USAGE, inputs_of, read_samples
+from moe_mtl.samples import USAGE, inputs_of, read_training
 from moe_mtl.similarity import By, Routed, task_similarity
 from moe_mtl.tasks import Task
 
@@ -125,7 +125,7 @@ def _add(
 
 def _over_most_used(model: Routed, task: Task, data: Any) -> Routed:
     """Adds a task whose fresh routers see only the experts that take most of the gates' weights on some samples."""
-    usage = expert_usage(model, inputs_of(model, read_samples(model, data, "data"), USAGE))
+    usage = expert_usage(model, inputs_of(model, read_training(model, data, "data"), USAGE))
     for name, (layer, _) in task_layers(model, 0).items():
         if not isinstance(layer.gate, VisibleExperts):
             raise ValueError(

@@ -97,6 +97,17 @@ def read_samples(model: Any, data: Any, argument: str) -> Any:
     return TextRows(data, model) if model.input == "text" and not _pads(data) else data
 
 
+def read_training(model: Any, data: Any, argument: str) -> Any:
+    """`read_samples`, which also takes a data set with splits: its "train", a table's with the model's columns.
+
+    Raises:
+        ValueError: as `read_samples` and `moe_mtl.as_trained.read_splits` say.
+    """
+    if hasattr(data, "split") and hasattr(data, "task_list"):
+        return read_splits(model, data, "train")[0]
+    return read_samples(model, data, argument)
+
+
 def _pads(data: Any) -> bool:
     """Whether several samples come as a padded batch, as of `moe_mtl.data.TextSplit`, not as a list of dicts."""
     return hasattr(data, "__getitems__") and isinstance(data.__getitems__([0]), Mapping)

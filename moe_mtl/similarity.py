@@ -24,7 +24,7 @@ from moe_mtl.batches import shuffled
 from moe_mtl.data import collate, pad_batch
 from moe_mtl.heads import Features
 from moe_mtl.multitask import MultiTaskModel, evaluating, move
-from moe_mtl.samples import has_label
+from moe_mtl.samples import has_label, read_training
 from moe_mtl.tasks import Task, nearest
 from moe_mtl.vector import VectorModel
 
@@ -63,7 +63,8 @@ def task_similarity(
         model: knows tasks.
         task: the new one; it need not be in the model, and is not compared with itself where it is.
         data: samples by number, dicts of an input and labels: a list, a split of `moe_mtl.data`, any map-style data
-            set. A task of the model that no sample has a label of is left out.
+            set; or a data set of `moe_mtl.data`, of which "train" is taken, a table's with the model's columns. A task
+            of the model that no sample has a label of is left out.
         by: "fisher", "gradient" or "embedding".
         samples: of each task at most, drawn at random.
         batch_size: samples per pass.
@@ -75,7 +76,8 @@ def task_similarity(
         {task of the model: value from -1 to 1, from 0 for "fisher"}, nearest first.
 
     Raises:
-        ValueError: an unknown `by`, a number out of range, or data without samples of the new task or of any other.
+        ValueError: an unknown `by`, a number out of range, or data that are no samples, or without samples of the new
+            task or of any other.
     """
     if by not in get_args(By):
         raise ValueError(f"by: unknown {by!r}; {nearest(str(by), get_args(By))}")
@@ -83,7 +85,7 @@ def task_similarity(
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     known = [one for one in model.tasks if one.name != task.name]
-    found = draw(data, [task, *known], samples, seed)
+    found = draw(read_training(model, data, "data"), [task, *known], samples, seed)
     for names in ([task.name], [one.name for one in known]):
         if not any(name in found for name in names):
             raise ValueError(

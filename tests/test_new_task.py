@@ -2,6 +2,7 @@
 
 import copy
 
+import pandas
 import pytest
 import torch
 import transformers
@@ -9,7 +10,7 @@ import transformers
 import moe_mtl
 from moe_mtl import create_model, extract, load, save
 from moe_mtl.backbones.hf_model import MoeMtlModel
-from moe_mtl.data import TextSplit
+from moe_mtl.data import Table, TextSplit
 from moe_mtl.diagnostics import expert_usage
 from moe_mtl.gates import GATES, create_gate
 from moe_mtl.new_task import FewShot, add_task, parameters_of_task, train_only
@@ -523,7 +524,8 @@ def test_the_nearest_tasks_are_found_and_named(capsys):
     ({"init_from": "nearest"}, "data: init_from='nearest' is measured; pass samples"),
     ({"init_from": "nearest", "data": [], "neighbours": 0}, "neighbours: got 0"),
     ({"init_from": "scene", "data": [], "samples": 3}, "init_from: got 'scene', but data, samples are for"),
-    ({"init_from": "nearest", "data": []}, "data: no sample has a label of room"),
+    ({"init_from": "nearest", "data": []}, "data: got no samples"),
+    ({"init_from": "nearest", "data": 3}, "data: got a int, expected samples"),
 ])  # fmt: skip
 def test_a_wrong_call_is_refused(options, message):
     model = tiny()
@@ -628,6 +630,21 @@ def test_nearness_is_measured_for_tables(capsys):
         assert set(found) == set(tables.NAMES) and all(-1 <= v <= 1.000001 for v in found.values())
     add_task(model, EXTRA, "nearest", data=samples, head_steps=5)
     assert "extra starts from" in capsys.readouterr().err
+
+
+def test_nearness_is_measured_on_a_table_in_a_file(tmp_path, capsys):
+    people = pandas.DataFrame({"age": range(20, 80), "job": ["cook", "nurse", "king"] * 20, "rich": [0, 0, 0, 1] * 15})
+    people.to_csv(tmp_path / "a.csv", index=False)
+    known = Table(root=str(tmp_path / "a.csv"), tasks="rich")
+    model = create_model("mmoe_table", tasks=known.task_list(), **known.model_args())
+    people.assign(job=people["job"].replace("cook", "pilot"), old=people["age"] > 50).to_csv(tmp_path / "b.csv")
+    data = Table(root=str(tmp_path / "b.csv"), tasks="rich,old")
+    add_task(copy.deepcopy(model), data.task_list()[1], "most_used", data=data)
+    add_task(model, data.task_list()[1], "nearest", data=data)
+    assert "old starts from rich" in capsys.readouterr().err and len(model.tasks) == 2
+    moe_mtl.finetune(model, data, steps=2, progress=False)
+    with pytest.raises(ValueError, match="data: no sample has a label of rich; "):
+        moe_mtl.task_similarity(model, Task.binary("old"), Table(root=str(tmp_path / "b.csv"), tasks="old"))
 
 
 # ---- the most used experts ------------------------------------------------------------------------------------------

@@ -234,7 +234,7 @@ def test_a_task_of_the_model_is_not_compared_with_itself():
     ({"samples": 0}, "samples: got 0, expected at least 1"),
     ({"batch_size": 0}, "batch_size: got 0"),
     ({"head_steps": 0}, "head_steps: got 0"),
-    ({"data": []}, "data: no sample has a label of room"),
+    ({"data": []}, "data: got no samples"),
     ({"data": [{"image": torch.zeros(3, 16, 16), "room": 1}]}, "data: no sample has a label of depth or scene or tilt"),
 ])  # fmt: skip
 def test_wrong_calls_are_refused(options, message):
