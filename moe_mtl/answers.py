@@ -2,7 +2,8 @@
 
     kind              answer
     classification    {"label": name, or id where classes have no names, "probability": its own}
-    binary            {"label": True or False, "probability": of True}
+    binary            {"label": True or False, "probability": of True}; {"label": name, "probability": of the second
+                      name} where both have names
     multilabel        {name or id: probability} of the labels at or above the threshold, the likeliest first
     regression        float; a list of them for several values; in the unit of the labels
     tagging           {"words": [n], "tags": [n], "probabilities": [n]}, and where tags are BIO "spans":
@@ -53,7 +54,8 @@ def _classification(task: Task, y: Tensor, note: Any, threshold: float) -> dict[
 
 def _binary(task: Task, y: Tensor, note: Any, threshold: float) -> dict[str, Any]:
     probability = float(y.sigmoid())
-    return {"label": probability >= threshold, "probability": probability}
+    yes = probability >= threshold
+    return {"label": task.classes[yes] if task.classes else yes, "probability": probability}
 
 
 def _multilabel(task: Task, y: Tensor, note: Any, threshold: float) -> dict[str | int, float]:

@@ -27,9 +27,9 @@ Fingerprint = Mapping[str, Mapping[str, str]]
 def read_splits(model: Any, data: Any, *names: str, tasks: Sequence[str] | str | None = None) -> list[Any]:
     """Splits of a data set; those of a table as a model reads them, whatever file it was trained on.
 
-    Rows are encoded with the model's columns, and the names of classes looked up among the model's. A binary label has
-    no names: the smaller value is "no" in every file. Labels of pictures and texts are checked of `tasks` alone, where
-    these are not all that matter.
+    Rows are encoded with the model's columns, and the names of classes looked up among the model's. A binary label
+    without names, as of numbers, has the smaller value for "no" in every file. Labels of pictures and texts are checked
+    of `tasks` alone, where these are not all that matter.
 
     Raises:
         ValueError: an unknown split or one without rows; a column the model needs is missing; a label is of another
@@ -175,6 +175,8 @@ def _labels(labels: Tensor, task: Task, own: Task) -> Tensor:
         )
     # as many classes as the model has without names are taken for the same; of others the names are the ids
     known = list(own.classes)
+    if not known and own.kind == "binary":
+        return labels
     if not known:
         known = list(task.classes) if task.channels == own.channels else [str(i) for i in range(own.channels)]
     if not task.classes or list(task.classes) == known:
@@ -188,7 +190,7 @@ def _labels(labels: Tensor, task: Task, own: Task) -> Tensor:
                 f"class of the model, whose {len(known)} are {', '.join(known[:8])}; drop these rows or empty the field"
             )
     ids = torch.tensor([place.get(_plain(name), own.ignore_index) for name in task.classes])
-    return ids[labels.where(has, 0)].where(has, own.ignore_index)
+    return ids[labels.where(has, 0).long()].to(labels.dtype).where(has, own.missing(labels))
 
 
 def _plain(name: str) -> str:

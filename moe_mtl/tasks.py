@@ -96,7 +96,8 @@ class Task:
         std: spread of the labels of a regression task, in their unit. Heads predict, and losses are taken, in
             multiples of it.
         ignore_index: the integer that marks a missing class label.
-        classes: names of the classes, for reports; empty when unnamed.
+        classes: names of the classes, for answers and reports; of a binary task those of no and yes; empty when
+            unnamed.
     """
 
     name: str
@@ -148,7 +149,9 @@ class Task:
         for option in self.loss_args:
             if option not in known:
                 raise ValueError(f"loss_args: {self.loss!r} has no option {option!r}; {nearest(option, known)}")
-        if self.classes and len(self.classes) != self.channels:
+        if self.classes and self.kind == "binary" and len(self.classes) != 2:
+            raise ValueError(f"classes: {len(self.classes)} names of task {self.name!r}, expected those of no and yes")
+        if self.classes and self.kind != "binary" and len(self.classes) != self.channels:
             raise ValueError(f"classes: {len(self.classes)} names for {self.channels} channels of task {self.name!r}")
 
     @classmethod

@@ -252,7 +252,7 @@ def describe(task: Task, value: Tensor, is_target: bool) -> str:
         return "no label"
     if task.kind == "binary":
         probability = float(value)
-        word = "yes" if probability >= 0.5 else "no"
+        word = (task.classes or ("no", "yes"))[probability >= 0.5]
         return word if is_target else f"{word}\n{max(probability, 1 - probability):.0%} sure"
     if task.kind == "multilabel":
         told = zip(names, value.tolist(), strict=True)

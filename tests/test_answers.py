@@ -24,6 +24,11 @@ def test_a_class_has_its_name_and_its_probability():
 def test_labels_hold_from_the_threshold_on():
     assert answer(Task.binary("b"), torch.tensor(LOG3)) == {"label": True, "probability": pytest.approx(0.75)}
     assert answer(Task.binary("b"), torch.tensor(LOG3), threshold=0.8)["label"] is False
+    named = Task.binary("b", classes=("bad", "good"))
+    assert answer(named, torch.tensor(LOG3)) == {"label": "good", "probability": pytest.approx(0.75)}
+    assert answer(named, torch.tensor(-LOG3)) == {"label": "bad", "probability": pytest.approx(0.25)}
+    with pytest.raises(ValueError, match="classes: 1 names of task 'b', expected those of no and yes"):
+        Task.binary("b", classes=("good",))
     task, y = Task.multilabel("m", 3, classes=("x", "y", "z")), torch.tensor([0.0, -LOG3, LOG3])
     assert list(answer(task, y).items()) == [("z", pytest.approx(0.75)), ("x", pytest.approx(0.5))]
     assert answer(task, y, threshold=0.7) == {"z": pytest.approx(0.75)}

@@ -90,6 +90,30 @@ def test_classes_that_are_numbers_are_the_same_with_gaps_and_without(tmp_path):
     assert found.flat["kind"].tolist() == expected.astype(int).tolist()
 
 
+def test_two_texts_are_read_by_name(tmp_path):
+    frame = pandas.read_csv(write(tmp_path / "a.csv"))
+    yes = frame["sold"] == 1
+    frame.assign(sold=yes.map({True: "kept", False: "sold"})).to_csv(tmp_path / "a.csv", index=False)
+    model = model_of(table(tmp_path / "a.csv"))
+    assert model.tasks[1].classes == ("kept", "sold") and moe_mtl.Predictor(model).tasks == ("y", "sold", "kind")
+    moe_mtl.save(model, tmp_path / "saved")
+    answers = moe_mtl.Predictor(tmp_path / "saved")(frame, tasks="sold")
+    assert all(one["sold"]["label"] == ("kept", "sold")[one["sold"]["probability"] >= 0.5] for one in answers)
+    gaps = yes.map({True: "kept", False: "sold"}).where(np.arange(200) % 3 > 0)
+    frame.assign(sold=gaps).to_csv(tmp_path / "b.csv", index=False)
+    train = table(tmp_path / "b.csv").source().part == "train"
+    (found,) = read_splits(model, table(tmp_path / "b.csv"), "train")
+    expected = gaps[train].map({"kept": 0.0, "sold": 1.0}).to_numpy(float)
+    np.testing.assert_array_equal(found.flat["sold"], expected)
+    frame.assign(sold=yes.map({True: "away", False: "kept"})).to_csv(tmp_path / "c.csv", index=False)
+    with pytest.raises(ValueError, match=r"'sold' is 'away' in .* no class of the model, whose 2 are kept, sold"):
+        read_splits(model, table(tmp_path / "c.csv"), "train")
+    # numbers, and the texts of a model without names: the smaller is "no"
+    (numbers,) = read_splits(model, table(write(tmp_path / "d.csv")), "train")
+    (texts,) = read_splits(model_of(table(tmp_path / "d.csv")), table(tmp_path / "a.csv"), "train")
+    assert torch.equal(numbers.flat["sold"], 1 - texts.flat["sold"])
+
+
 def test_finetune_reads_another_file_with_the_columns_of_the_model(tmp_path):
     model = model_of(table(write(tmp_path / "a.csv")))
     other = table(write(tmp_path / "c.csv", CITIES[1:]))

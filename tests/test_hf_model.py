@@ -120,6 +120,12 @@ def test_pipelines_of_one_task(tmp_path, folder, model):
     assert [row["entity"] for row in tag("weather in oslo")] == [TASKS[1].classes[i] for i in best[1:-1].tolist()]
 
 
+def test_a_binary_task_has_the_one_label_of_its_probability():
+    for classes, name in (((), "LABEL_0"), (("ham", "spam"), "spam")):
+        config = MoeMtlConfig(task_specs=[Task.binary("mail", classes=classes).to_dict()])
+        assert config.id2label == {0: name} and config.num_labels == 1
+
+
 def test_losses_are_those_of_the_tasks(model):
     wrapped, x = MoeMtlModel.of(model), texts()
     labels = {"intent": torch.tensor([0, 2, -100]), "score": torch.tensor([1.0, float("nan"), 3.0])}

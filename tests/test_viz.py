@@ -130,6 +130,9 @@ def test_image_level_tasks_are_text():
 
 
 def test_describe():
+    mail = Task.binary("mail", classes=("ham", "spam"))
+    assert describe(mail, torch.tensor(1.0), is_target=True) == "spam"
+    assert describe(mail, torch.tensor(-20.0), is_target=False) == "ham\n100% sure"
     labels = Task.multilabel("l", 3, classes=("a", "b", "c"))
     assert describe(labels, torch.tensor([2.0, -2.0, 0.1]), is_target=False) == "a\nc"
     assert describe(labels, torch.tensor([0.0, 1.0, 0.0]), is_target=True) == "b"

@@ -78,7 +78,8 @@ class MoeMtlConfig(PreTrainedConfig):
         self.task_specs, self.kept_experts, self.folded = task_specs or [], kept_experts or {}, folded or []
         if len(self.task_specs) == 1:  # what pipelines ask for
             (spec,) = self.task_specs
-            names = spec.get("classes") or [f"LABEL_{i}" for i in range(spec["channels"])]
+            # of a binary task the probability is that of the second name
+            names = spec.get("classes", [])[-spec["channels"] :] or [f"LABEL_{i}" for i in range(spec["channels"])]
             kwargs = {"id2label": dict(enumerate(names)), "problem_type": PROBLEMS.get(spec["kind"]), **kwargs}
             kwargs.setdefault("label2id", {name: i for i, name in enumerate(names)})
         super().__init__(**kwargs)

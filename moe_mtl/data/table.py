@@ -162,7 +162,7 @@ def read_label(values: "Series", kind: str | None, train: NDArray) -> tuple[Task
     """A label column's task and its labels.
 
     The values of a binary or classification label are taken in ascending order, numbers by size: the smaller of two is
-    "no". Classes and the scale of a regression are those of the training rows.
+    "no". Two texts are the names of no and yes. Classes and the scale of a regression are those of the training rows.
 
     Args:
         values: the column.
@@ -216,6 +216,7 @@ def read_label(values: "Series", kind: str | None, train: NDArray) -> tuple[Task
             "which no training row has; drop these rows, empty the field, or draw the splits with another seed"
         )
     if kind == "binary":
-        return Task.binary(name), found
+        named = all(isinstance(value, str) for value in distinct)
+        return Task.binary(name, classes=tuple(distinct) if named else ()), found
     task = Task.classification(name, len(distinct), classes=tuple(map(str, distinct)))
     return task, np.where(np.isnan(found), task.ignore_index, found).astype(np.int64)
