@@ -19,7 +19,7 @@ from moe_mtl.columns import Column, read_columns
 from moe_mtl.data import encode_rows
 from moe_mtl.data._frames import SPLITS, Source, TableData, TableSplit, label_tensor
 from moe_mtl.data.table import LABEL_KINDS, Table
-from moe_mtl.tasks import Task, nearest
+from moe_mtl.tasks import Task, name_of_column, nearest
 
 Fingerprint = Mapping[str, Mapping[str, str]]
 
@@ -147,7 +147,8 @@ def _with_kinds(data: Table, tasks: Sequence[Task]) -> Table:
     """The table with the model's kinds of labels where it says none: they are not read off the values again."""
     kinds = {task.name: task.kind for task in tasks if task.kind in LABEL_KINDS}
     entries = [entry.strip() for entry in data.tasks.split(",")]
-    return replace(data, tasks=",".join(f"{name}:{kinds[name]}" if name in kinds else name for name in entries))
+    bare = {entry: kinds.get(name_of_column(entry)) for entry in entries if ":" not in entry}
+    return replace(data, tasks=",".join(f"{entry}:{bare[entry]}" if bare.get(entry) else entry for entry in entries))
 
 
 def _read_split(found: Source, columns: Sequence[Column], tasks: Sequence[Task], name: str) -> TableSplit:

@@ -18,6 +18,7 @@ A sample that lacks a label altogether simply has no entry (or None) under the t
 
 import inspect
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -52,6 +53,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
     return f"{hint}known: {', '.join(known) or 'none'}"
+
+
+def name_of_column(column: str) -> str:
+    """The task that a column of labels makes: letters, digits and _ alone, _task behind a name that is taken."""
+    name = re.sub(r"\W", "_", column)
+    name = name if name.isidentifier() else f"_{name}"
+    return f"{name}_task" if is_taken(name) else name
 
 
 _TYPES: dict[str, tuple[Any, str]] = {  # fields of a task, and what an error asks for

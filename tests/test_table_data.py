@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moe_mtl import create_model, load, save
+from moe_mtl.as_trained import read_splits
 from moe_mtl.data import SklearnSet, Table, encode_rows
 from moe_mtl.data._frames import random_parts
 from moe_mtl.data.sklearn_sets import SETS
@@ -62,6 +63,17 @@ def test_rows_and_labels_by_hand(tmp_path):
     assert (price.kind, price.mean, price.std) == ("regression", 4.0, pytest.approx(math.sqrt(35 / 12)))
     assert test.flat["price"].tolist() == [9.5, 10.5]
     assert [len(data.split(name)) for name in ("train", "val", "test")] == [6, 2, 2]
+
+
+def test_any_column_can_be_a_label(tmp_path):
+    data = frame(**{"star rating": [1.5, 2.5] * 5, "class": ["a", "b", "c", None, "a"] * 2, "type": [0, 1] * 5})
+    made = table(tmp_path, data, tasks="star rating, class:classification, type")
+    assert [task.name for task in made.task_list()] == ["star_rating", "class", "type_task"]
+    assert {column["name"] for column in made.columns()} == {"age", "job", "sold", "price"}
+    assert made.split("test").flat["star_rating"].tolist() == [1.5, 2.5]
+    model = create_model("mmoe_table", tasks=made.task_list(), **made.model_args())
+    (found,) = read_splits(model, made, "val")
+    assert found.flat.keys() == {"star_rating", "class", "type_task"}
 
 
 def test_kinds_of_labels_and_columns_can_be_said(tmp_path):
@@ -137,6 +149,7 @@ def test_new_rows_for_a_saved_model(tmp_path):
     ({"price": [1.0, math.inf, 3, 4, 5, 6, 7, 8, 9, 10]}, {"tasks": "sold"}, "'price'.*infinite"),
     ({}, {"kinds": {"agee": "numeric"}}, "columns: no column 'agee'; did you mean 'age'"),
     ({}, {"kinds": {"age": "number"}}, "columns: 'age' has the unknown kind 'number'"),
+    ({"a b": [0, 1] * 5, "a.b": [0, 1] * 5}, {"tasks": "a b,a.b"}, "columns 'a b' and 'a.b' both make a task 'a_b'"),
     ({"part": ["train"] * 9 + ["tets"]}, {}, "split_by: 'part' is 'tets' in one of 1 rows of 10"),
     ({"part": ["val"] * 9 + ["test"]}, {}, "train"),
     ({}, {"split_by": None, "val": 0.6, "test": 0.5}, "val, test: got 0.6 and 0.5"),

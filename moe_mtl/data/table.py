@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moe_mtl.data._frames import SPLITS, Source, TableData, random_parts
 from moe_mtl.data._values import SETS, as_text, has_numbers, read_numbers
-from moe_mtl.tasks import Task, nearest
+from moe_mtl.tasks import Task, name_of_column, nearest
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -37,7 +37,8 @@ class Table(TableData):
     Attributes:
         root: the file: CSV or TSV (also compressed) or Parquet.
         tasks: the label columns, separated by commas, each with its kind after a colon where the guess is wrong:
-            binary, classification or regression.
+            binary, classification or regression. A task has the name of its column, with _ for what is no letter or
+            digit ("star rating" makes star_rating) and _task behind a name that is taken (type makes type_task).
         kinds: kinds of input columns where the guess is wrong: numeric, categorical or multihot (members between `|`).
         drop: input columns to leave out, such as row numbers.
         split_by: a column that says "train", "val" or "test" per row; None to draw the splits.
@@ -86,7 +87,15 @@ class Table(TableData):
         else:
             groups = None if self.group is None else number_groups(frame[self.group])
             part = random_parts(len(frame), self.val, self.test, self.seed, groups)
-        read = {name: read_label(frame[name], kind or None, part == "train") for name, _, kind in wanted}
+        read: dict[str, tuple[Task, NDArray]] = {}
+        columns: dict[str, str] = {}
+        for column, _, kind in wanted:
+            name = name_of_column(column)
+            if columns.setdefault(name, column) != column:
+                raise ValueError(
+                    f"tasks: columns {columns[name]!r} and {column!r} both make a task {name!r}; rename one"
+                )
+            read[name] = read_label(frame[column], kind or None, part == "train")
         return Source(
             features=frame.drop(columns=list(dict.fromkeys(named))),
             labels={name: values for name, (_, values) in read.items()},
@@ -175,7 +184,7 @@ def read_label(values: "Series", kind: str | None, train: NDArray) -> tuple[Task
     from pandas import CategoricalDtype, Series
     from pandas.api.types import is_float_dtype
 
-    name = str(values.name)
+    name, task_name = str(values.name), name_of_column(str(values.name))
     if isinstance(values.dtype, CategoricalDtype):
         values = values.astype(object)
     elif has_numbers(values) and values.dtype == object:  # decimals
@@ -196,7 +205,7 @@ def read_label(values: "Series", kind: str | None, train: NDArray) -> tuple[Task
     if kind == "regression":
         numbers = read_numbers(values)
         own = numbers[train & ~np.isnan(numbers)]
-        return Task.regression(name, mean=float(own.mean()), std=float(own.std()) or 1.0), numbers
+        return Task.regression(task_name, mean=float(own.mean()), std=float(own.std()) or 1.0), numbers
     if len(distinct) == 1:
         raise ValueError(
             f"tasks: {name!r} has the one label {seen.tolist()[0]!r} in all {len(seen)} labelled of {int(train.sum())} "
@@ -217,6 +226,6 @@ def read_label(values: "Series", kind: str | None, train: NDArray) -> tuple[Task
         )
     if kind == "binary":
         named = all(isinstance(value, str) for value in distinct)
-        return Task.binary(name, classes=tuple(distinct) if named else ()), found
-    task = Task.classification(name, len(distinct), classes=tuple(map(str, distinct)))
+        return Task.binary(task_name, classes=tuple(distinct) if named else ()), found
+    task = Task.classification(task_name, len(distinct), classes=tuple(map(str, distinct)))
     return task, np.where(np.isnan(found), task.ignore_index, found).astype(np.int64)

@@ -8,7 +8,6 @@ A file is split at random; a folder holds train, val (or validation, dev) and te
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from moe_mtl.data._frames import random_parts
 from moe_mtl.data._reading import TextError, bio_classes, class_ids
 from moe_mtl.data._text_tables import Row, TextTable, read_tables
 from moe_mtl.data._texts import SPLITS, TextData, Texts
-from moe_mtl.tasks import Task, is_taken, nearest
+from moe_mtl.tasks import Task, name_of_column, nearest
 
 KINDS = ("classification", "binary", "multilabel", "regression", "tagging")
 
@@ -99,9 +98,7 @@ def _columns(labels: str) -> dict[str, tuple[str, str]]:
         column, _, kind = (part.strip() for part in entry.partition(":"))
         if kind and kind not in KINDS:
             raise ValueError(f"labels: {column!r} has the unknown kind {kind!r}; {nearest(kind, KINDS)}")
-        name = re.sub(r"\W", "_", column)
-        name = name if name.isidentifier() else f"_{name}"
-        name = f"{name}_task" if is_taken(name) else name
+        name = name_of_column(column)
         if name in found:
             raise ValueError(
                 f"labels: columns {found[name][0]!r} and {column!r} both make a task {name!r}; name each once, and "
