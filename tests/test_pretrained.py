@@ -326,6 +326,17 @@ def test_what_the_card_of_a_bundled_model_says_runs(name, tmp_path):
     assert done.stdout.split() == tasks
 
 
+def test_a_torchvision_that_does_not_load_is_named(tmp_path, monkeypatch):
+    (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"torchvision does not load \(operator torchvision::nms .*cpu-torchvision"):
+        create_model("m3vit_micro.procroom", pretrained=True)
+    with pytest.raises(ImportError, match="torchvision does not load"):
+        create_model("timm_moe", tasks=[Task.depth()], backbone="vit_tiny_patch16_224")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUNDLED)
 def test_a_bundled_model_scores_what_its_card_says(name, tmp_path):

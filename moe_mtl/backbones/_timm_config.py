@@ -1,6 +1,7 @@
 """How a timm backbone is named: its architecture and plain options, by which it can be built again."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,13 +13,33 @@ PLAIN = (bool, int, float, str, type(None))
 HOW = ("fused_attn", "grad_checkpointing", "training", "weight_init_mode")
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Where timm is imported: says what to do about a torchvision that does not fit the torch beside it.
+
+    Raises:
+        ImportError: torchvision, which timm imports, is built for CUDA and torch for a CPU.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        raise ImportError(
+            f"timm: its torchvision does not load ({error}); it is a CUDA build beside a torch for CPUs. Install "
+            "torchvision from the index that torch came from, or `pip install ./tools/cpu-torchvision` in a checkout"
+        ) from error
+
+
 def read_vit(architecture: str, options: Mapping[str, Any]) -> Timm:
     """A timm model with fresh weights, without classifier.
 
     Raises:
+        ImportError: see `importing`.
         ValueError: timm has no such architecture, or it does not take these options.
     """
-    import timm
+    with importing():
+        import timm
 
     try:
         return timm.create_model(architecture, num_classes=0, **options)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_mtl.backbones._timm_config import importing
 from moe_mtl.backbones._upcycle import ExpertMaker, Weights, activation_of, agrees, chosen_blocks, detached
 from moe_mtl.heads import Features, make_head
 from moe_mtl.layers import ContextMoE, ExpandTasks, ExpertBlock, MoE, StackTasks, TaskContext
@@ -22,7 +23,8 @@ Timm = Any  # a module of timm, read by structure: its attributes are not declar
 
 def build_vit(**options: Any) -> Timm:
     """A timm `VisionTransformer` with fresh weights, without classifier, for images of any size its patches divide."""
-    from timm.models.vision_transformer import VisionTransformer
+    with importing():
+        from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(num_classes=0, dynamic_img_size=True, **options)
 
