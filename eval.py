@@ -75,10 +75,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     from moe_mtl.activity import expert_activity
     from moe_mtl.as_trained import read_splits
+    from moe_mtl.batches import in_order
     from moe_mtl.cost import agreement, cost_table, count_parameters, dense_of_equal_size
     from moe_mtl.hub import load
     from moe_mtl.multitask import count_rows, select_rows, task_ids
     from moe_mtl.results import (
+        check_samples,
         compare,
         describe_pruned,
         describe_routing,
@@ -100,6 +102,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     repeats = [read_baseline(path, tasks, "repeat") for path in given.repeat or ()]
 
     (samples,) = read_splits(model, given.data, given.split, tasks=names)
+    data = {"name": type(given.data).__name__, "spec": asdict(given.data), "split": given.split}
+    count = sum(map(len, in_order(samples, 4096, given.limit)))
+    for option, others in (("baseline", baselines), ("repeat", repeats)):  # scoring takes long
+        for other in others:
+            check_samples({**data, "samples": count}, other, option)
     scored = score(model, samples, tasks, given.batch_size, given.limit)
     shown, inputs, usage = scored.pop("shown"), scored.pop("inputs"), scored.pop("usage")
     activity = expert_activity(model, [inputs])
@@ -118,13 +125,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "label": given.label or pretrained or run.get("recipe") or model.config["name"],
         "model": {**model.config, "folder": str(folder), "parameters": count_parameters(model)},
         "weights": describe_weights(folder / WEIGHTS),
-        "data": {
-            "name": type(given.data).__name__,
-            "spec": asdict(given.data),
-            "split": given.split,
-            "samples": scored.pop("samples"),
-            "labels": scored.pop("labels"),
-        },
+        "data": {**data, "samples": scored.pop("samples"), "labels": scored.pop("labels")},
         "tasks": [task.to_dict() for task in tasks],
         **scored,
         "baselines": [],

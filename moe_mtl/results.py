@@ -210,11 +210,26 @@ def spread(
     return found
 
 
-def _check_alike(results: Mapping[str, Any], other: Mapping[str, Any], tasks: Sequence[Task], option: str) -> None:
-    """Refuses results that were scored on other samples, labels or settings of the data."""
-    (ours, here), (theirs, there) = _scored_on(results["data"]), _scored_on(other["data"])
+def check_samples(data: Mapping[str, Any], other: Mapping[str, Any], option: str) -> None:
+    """Refuses results that were scored on another number of samples, another split or other data.
+
+    Args:
+        data: what is, or is about to be, scored: name, split and samples.
+        other: results as `read_baseline` returns them.
+        option: that named them.
+
+    Raises:
+        ValueError: says what was scored there and here.
+    """
+    ours, theirs = _scored_on(data)[0], _scored_on(other["data"])[0]
     if ours != theirs:
         raise ValueError(f"{option}: {other['label']} was scored on {theirs}, this model on {ours}; score both alike")
+
+
+def _check_alike(results: Mapping[str, Any], other: Mapping[str, Any], tasks: Sequence[Task], option: str) -> None:
+    """Refuses results that were scored on other samples, labels or settings of the data."""
+    check_samples(results["data"], other, option)
+    here, there = (_scored_on(data)[1] for data in (results["data"], other["data"]))
     mine, others = (data.get("labels") or {} for data in (results["data"], other["data"]))
     known = [task.name for task in tasks if task.name in mine and task.name in others]
     if moved := [name for name in known if mine[name] != others[name]]:

@@ -372,6 +372,18 @@ def test_missing_data_and_baselines(script, folder, tmp_path):
         run(script, folder, f"--baseline={tmp_path / 'odd.json'}")
 
 
+def test_other_samples_are_refused_before_any_is_scored(script, folder, whole, tmp_path, monkeypatch):
+    def score(*args):
+        raise AssertionError("scored")
+
+    monkeypatch.setattr(script, "score", score)
+    other = {**whole[0], "data": {**whole[0]["data"], "samples": 7}, "seed": 5}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    for option in ("baseline", "repeat"):
+        with pytest.raises(ValueError, match=f"{option}: .* was scored on 7 test samples .*, this model on"):
+            run(script, folder, f"--{option}={tmp_path / 'other.json'}")
+
+
 def test_a_baseline_of_other_samples_is_refused(whole):
     data, metrics = whole[0]["data"], whole[0]["metrics"]
     for key, value in (("samples", 7), ("split", "val"), ("name", "NYUv2")):
