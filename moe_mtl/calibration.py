@@ -94,7 +94,7 @@ def measure(
     if labelled and (missing := [task.name for task in tasks if task.name not in labelled]):
         raise ValueError(
             f"calibration: has labels of {', '.join(sorted(labelled))} and no sample of {', '.join(missing)}; pass "
-            "inputs like those the task will meet"
+            "inputs like those the tasks will meet; if these are, without their labels"
         )
     total = {name: sum(n) if layers[name].gate.task_dependent else max(n) for name, n in tokens.items()}
     return Measured({name: s / s.sum(1, keepdim=True) for name, s in sums.items()}, total, kept)
