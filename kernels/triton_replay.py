@@ -209,7 +209,7 @@ class _Record(TorchDispatchMode):
             self.faithful = False
             return
         step = _Step(compiled.run, tuple)
-        start = [self._constant(value) for value in (*(*grid, 1, 1)[:3],)]
+        start = [self._constant(value) for value in (*grid, 1, 1)[:3]]
         code = [self._constant(value) for value in (compiled.function, compiled.packed_metadata)]
         self.steps.append(step)
         step.args = itemgetter(*start, 0, *code, 1, 1, 1, *[self._value(arg, step) for arg in args])
