@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """What decides the code of a kernel: its name, types, constants and options."""
+    """What decides the code of a kernel: its name, types, constants and options; gluon: it is warp-specialized."""
 
     module: str
     kernel: str
@@ -53,6 +53,7 @@ class Launch:
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[str, ...]
     options: tuple[tuple[str, int], ...]
+    gluon: bool = False
 
     @property
     def name(self) -> str:
@@ -62,14 +63,18 @@ class Launch:
             self.kernel.removesuffix("_kernel"),
             "tf32" if constants.get("PRECISION") == "tf32" and dtype == "fp32" else dtype,
         ]
+        if self.gluon:  # sizes are those of the descriptors' blocks
+            blocks = (re.search(r"\[(.*?)\]", kind) for _, kind in self.signature if kind.startswith("tensordesc"))
+            parts += ["warp-specialized", *(block[1].replace(", ", "x") for block in blocks)]
+            parts += [f"{c.lower()} {constants[c]}" for c in ("STAGES", "PART") if c in constants]
         parts += [str(constants[c]) for c in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_H") if c in constants]
-        parts += [str(constants["ACTIVATION"])] if "ACTIVATION" in constants else []
+        parts += [constants["ACTIVATION"]] if constants.get("ACTIVATION") else []
         parts += [flag.lower() for flag, value in self.constants if value is True]
         return " ".join([*parts, *(f"{key.removeprefix('num_')[0]}{value}" for key, value in self.options)])
 
 
 def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
-    """Every launch of a forward, a backward and an inference pass at every shape.
+    """Every launch of a forward, a backward and an inference pass at every shape; see `other_uses` for more.
 
     Args:
         arch: compute capability, 90 for 9.0.
@@ -77,7 +82,6 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
         lines: takes the lines of the table that were used.
     """
     import triton
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
     dtype = DTYPES[kind]
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
@@ -87,12 +91,13 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
     found: set[Launch] = set()
     used = set() if lines is None else lines
 
-    def choose(kernel, arch, bits, glu, rows, width):
-        line = next(e for e in configs.entries() if e.fits(kernel, arch, bits, glu, rows, width))
+    def choose(*call):
+        line = next(e for e in configs.entries() if e.fits(*call))
         used.add(line)
         return line.config
 
     def record(function, *args, grid, warmup, num_warps=4, num_stages=3, maxnreg=None, **constants):
+        gluon = function.is_gluon()
         given = dict(zip(function.arg_names, args, strict=False)) | constants
         free = {p.name for p in function.params if p.do_not_specialize}  # compiled for any value
         anywhere = {p.name for p in function.params if p.do_not_specialize_on_alignment}
@@ -101,9 +106,10 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
             if isinstance(value, torch.Tensor):
                 signature.append((name, POINTERS[value.dtype]))
                 aligned += [name] * (name not in anywhere)
-            elif isinstance(value, TensorDescriptor):
-                block = ",".join(map(str, value.block_shape))
-                signature.append((name, f"tensordesc<{POINTERS[value.base.dtype][1:]}[{block}]>"))
+            elif hasattr(value, "block_shape"):
+                what = f"{POINTERS[value.base.dtype][1:]}{value.block_shape}"
+                what += f",{value.layout!r}" if gluon else ""
+                signature.append((name, f"tensordesc<{what}>"))
             elif name in free:
                 signature.append((name, "i32"))
             elif name.isupper() or value is None or value == 1:
@@ -115,8 +121,8 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
         options = (("num_warps", num_warps), ("num_stages", num_stages))
         options += (("maxnreg", maxnreg),) if maxnreg else ()
         module = function.fn.__module__
-        key = Launch(module, function.fn.__name__, arch, tuple(signature), tuple(constant), tuple(aligned), options)
-        found.add(key)
+        code = (tuple(signature), tuple(constant), tuple(aligned), options, gluon)
+        found.update(other_uses(Launch(module, function.fn.__name__, arch, *code)))
 
     chip = mock.patch.object(configs, "chip", lambda device: (arch, PROCESSORS[arch]))
     table = mock.patch.object(configs, "pick", choose)
@@ -144,16 +150,37 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
     return found
 
 
+def other_uses(launch: Launch) -> Iterator[Launch]:
+    """The launch; of a warp-specialized kernel, those for columns that end inside a tile and for other activations too.
+
+    No shape here needs them, and these kernels have next to no registers and memory to spare.
+    """
+    constants = dict(launch.constants)
+    act = constants.get("ACTIVATION")
+    for even in (True, False) if launch.gluon else (None,):
+        for name in ("gelu", "silu", "relu") if launch.gluon and act else (act,):
+            changed = {"EVEN_N": even, "ACTIVATION": name} if launch.gluon else {}
+            yield replace(launch, constants=tuple((c, changed.get(c, value)) for c, value in launch.constants))
+
+
 def heaviest(launches: Iterable[Launch]) -> list[Launch]:
-    """One launch for each set of tile sizes: the one that does most beside its product."""
+    """One launch for each set of tile sizes: the one that does most beside its product.
+
+    Of a warp-specialized kernel two, one of them for columns that end inside a tile.
+    """
     groups: dict[tuple, list[Launch]] = {}
     for launch in launches:
         constants = dict(launch.constants)
-        sizes = tuple(
-            sorted((c, v) for c, v in constants.items() if c.startswith("BLOCK") or c in ("GLU", "PRECISION"))
-        )
-        groups.setdefault((launch.kernel, launch.arch, launch.signature[0], sizes, launch.options), []).append(launch)
-    return [max(group, key=lambda la: (sum(v is True for _, v in la.constants), la.name)) for group in groups.values()]
+        told = ("STAGES", "PART", "TRANSPOSED", "EVEN_N") if launch.gluon else ("GLU", "PRECISION")
+        sizes = tuple(sorted((c, v) for c, v in constants.items() if c.startswith("BLOCK") or c in told))
+        blocks = launch.signature[: 3 if launch.gluon else 1]
+        groups.setdefault((launch.module, launch.kernel, launch.arch, blocks, sizes, launch.options), []).append(launch)
+
+    def work(launch: Launch) -> tuple:
+        flags = sum(value is True for _, value in launch.constants)
+        return flags, ("ACTIVATION", "gelu") in launch.constants, launch.name
+
+    return [max(group, key=work) for group in groups.values()]
 
 
 def compiled(launch: Launch) -> dict[str, Any]:
@@ -163,10 +190,11 @@ def compiled(launch: Launch) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     function = getattr(importlib.import_module(launch.module), launch.kernel)
     names = function.arg_names
-    source = ASTSource(
+    source = (GluonASTSource if launch.gluon else ASTSource)(
         fn=function,
         signature=dict(launch.signature),
         constexprs={(names.index(name),): value for name, value in launch.constants},
@@ -194,10 +222,10 @@ def compiled(launch: Launch) -> dict[str, Any]:
     }
     constants, kind = dict(launch.constants), dict(launch.signature)[names[0]]
     on_tensor_cores = "PRECISION" in constants and (kind != "*fp32" or constants["PRECISION"] == "tf32")
-    return report | {"faults": faults(report, on_tensor_cores)}
+    return report | {"faults": faults(report, on_tensor_cores or launch.gluon, launch.gluon)}
 
 
-def faults(report: Mapping[str, Any], on_tensor_cores: bool) -> list[str]:
+def faults(report: Mapping[str, Any], on_tensor_cores: bool, by_warpgroups: bool = False) -> list[str]:
     """What a compiled kernel must not be."""
     found = []
     if report["spills"] or report["stack"]:
@@ -206,6 +234,8 @@ def faults(report: Mapping[str, Any], on_tensor_cores: bool) -> list[str]:
         found.append(f"more than {SHARED_KIB[report['arch']]} KiB of shared memory")
     if on_tensor_cores and not report["tensor_core"]:
         found.append("no tensor-core instruction")
+    if by_warpgroups and not report["wgmma"]:
+        found.append("no product of a warpgroup")
     return found
 
 

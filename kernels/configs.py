@@ -28,6 +28,8 @@ class Config:
         epilogues: parts of a tile's columns, 1, 2 or 4, that are finished one after the other, which saves registers.
         registers: per thread, at most; None for as many as the compiler wants. Few let two programs share a processor,
             so that one multiplies while the other finishes its tile.
+        warp_specialized: what the kernels of `moe_mtl.kernels.gluon_ring` take: block_k is `SUMMED`, warps are 4, those
+            of a partition, stages are slots of the ring, epilogues 1, 2, 4 or 8, and registers None.
     """
 
     block_m: int
@@ -38,8 +40,10 @@ class Config:
     group: int = 8
     epilogues: int = 1
     registers: int | None = None
+    warp_specialized: bool = False
 
 
+SUMMED = 64  # block_k of warp-specialized configs
 INTERPRETED = Config(32, 32, 32)
 HOPPER_SHARED = 227 * 1024  # bytes a program can have, which the lines for 90 count on
 
@@ -55,7 +59,7 @@ class Entry:
         glu: for experts with a gated linear unit, which have twice the first layer; None for both.
         max_rows: up to that many rows per expert; None for any number.
         max_width: up to that width of the result; None for any.
-        config: what to use.
+        config: what to use. A line whose config is warp-specialized speaks of calls that can run such kernels.
     """
 
     kernel: str
@@ -66,11 +70,14 @@ class Entry:
     max_rows: int | None = None
     max_width: int | None = None
 
-    def fits(self, kernel: str, arch: int, bits: int, glu: bool, rows: float, width: int) -> bool:
+    def fits(
+        self, kernel: str, arch: int, bits: int, glu: bool, rows: float, width: int, warp_specialized: bool = False
+    ) -> bool:
         """Whether this line speaks of such a call."""
         return (
             (self.kernel, self.arch, self.bits) == (kernel, arch, bits)
             and self.glu in (None, glu)
+            and (warp_specialized or not self.config.warp_specialized)
             and (self.max_rows is None or rows <= self.max_rows)
             and (self.max_width is None or width <= self.max_width)
         )
@@ -84,7 +91,9 @@ def entries() -> tuple[Entry, ...]:
 
 
 @cache
-def pick(kernel: str, arch: int, bits: int, glu: bool, rows: int, width: int) -> Config:
+def pick(
+    kernel: str, arch: int, bits: int, glu: bool, rows: int, width: int, warp_specialized: bool = False
+) -> Config:
     """The tile sizes for a call.
 
     Args:
@@ -94,6 +103,7 @@ def pick(kernel: str, arch: int, bits: int, glu: bool, rows: int, width: int) ->
         glu: experts with a gated linear unit.
         rows: per expert on average.
         width: of the result.
+        warp_specialized: the call can run a warp-specialized kernel; see `triton_launch.warp_specializes`.
 
     Raises:
         ValueError: no line of the table fits.
@@ -102,7 +112,7 @@ def pick(kernel: str, arch: int, bits: int, glu: bool, rows: int, width: int) ->
         return INTERPRETED
     known = [a for a in sorted({entry.arch for entry in entries()}) if a <= arch]
     for entry in entries():
-        if known and entry.fits(kernel, known[-1], bits, glu, rows, width):
+        if known and entry.fits(kernel, known[-1], bits, glu, rows, width, warp_specialized):
             return entry.config
     raise ValueError(f"backend: {TABLE.name} has no {kernel} for compute capability {arch / 10:.1f}; use backend='cpu'")
 

@@ -17,7 +17,7 @@ from moe_mtl.kernels.triton_down import down
 from moe_mtl.kernels.triton_fused import fused, fused_fits
 from moe_mtl.kernels.triton_gate_grad import gate_grad
 from moe_mtl.kernels.triton_hidden_grad import hidden_grad
-from moe_mtl.kernels.triton_launch import loads_blocks
+from moe_mtl.kernels.triton_launch import describable, loads_blocks, warp_specializes
 from moe_mtl.kernels.triton_replay import replayed
 from moe_mtl.kernels.triton_sort_rows import sort_rows
 from moe_mtl.kernels.triton_up import up
@@ -47,16 +47,61 @@ class _Launch:
         self.plan, self.glu, self.bits = plan, glu, 8 * like.element_size()
         self.precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
-    def config(self, kernel: str, width: int) -> configs.Config:
+    def config(self, kernel: str, width: int, warp_specialized: bool = False) -> configs.Config:
         rows = self.plan.order.shape[0] // (self.plan.offsets.shape[0] - 1)
-        return configs.pick(kernel, self.arch, self.bits, self.glu, rows, width)
+        return configs.pick(kernel, self.arch, self.bits, self.glu, rows, width, warp_specialized)
 
     def tiles(self, config: configs.Config) -> Tensor:
         return tiles_of(self.plan, config.block_m)
 
-    def down(self, a: Tensor, w: Tensor, b: Tensor | None, out: Tensor, **how: bool) -> Tensor:
-        config = self.config("down", out.shape[1])
-        return down(a, w, b, self.plan.order, self.tiles(config), self.precision, config, out=out, **how)
+    def up(
+        self, x: Tensor, w1: Tensor, b1: Tensor | None, k: int, activation: str, save: bool, gather: bool
+    ) -> tuple[Tensor, Tensor]:
+        hidden = w1.shape[1] // (1 + self.glu)
+        config = self.config("up", hidden, not (gather or self.glu) and warp_specializes(x, w1, hidden))
+        tiles = self.tiles(config)
+        if config.warp_specialized:
+            from moe_mtl.kernels import gluon_product
+
+            return gluon_product.up(x, w1, b1, self.plan.offsets, tiles, activation, save, config, self.processors)
+        how = (activation, self.glu, save, self.precision, config)
+        return up(x, w1, b1, self.plan.order, tiles, k, *how, gather=gather)
+
+    def down(
+        self,
+        a: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        out: Tensor,
+        *,
+        transposed: bool = False,
+        gather: bool = False,
+        scatter: bool = False,
+    ) -> Tensor:
+        can = not (gather or scatter or self.glu) and warp_specializes(a, w, out.shape[1], transposed)
+        config = self.config("down", out.shape[1], can)
+        tiles = self.tiles(config)
+        if config.warp_specialized:
+            from moe_mtl.kernels import gluon_product
+
+            args = (a, w, b, self.plan.offsets, tiles, config, self.processors)
+            return gluon_product.down(*args, out=out, transposed=transposed)
+        how = {"transposed": transposed, "gather": gather, "scatter": scatter}
+        return down(a, w, b, self.plan.order, tiles, self.precision, config, out=out, **how)
+
+    def hidden_grad(
+        self, dys: Tensor, w2: Tensor, z: Tensor, gates: Tensor, activation: str, **need: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = w2.shape[2]
+        can = not self.glu and all(need.values()) and describable(z) and warp_specializes(dys, w2, hidden, True)
+        config = self.config("hidden_grad", hidden, can)
+        tables = (self.plan.offsets, self.tiles(config))
+        if config.warp_specialized:
+            from moe_mtl.kernels.gluon_hidden_grad import hidden_grad as all_of_it
+
+            return all_of_it(dys, w2, z, gates, self.plan.order, *tables, activation, config, self.processors)
+        how = (activation, self.glu, self.precision, config)
+        return hidden_grad(dys, w2, z, gates, self.plan.order, tables[1], *how, **need)
 
     def sort_rows(self, x: Tensor, k: int, **how: Any) -> tuple[Tensor, Tensor | None]:
         return sort_rows(x, self.plan.order, self.plan.offsets, k, **how)
@@ -89,10 +134,9 @@ def moe_mlp(
         config = launch.config("fused", w2.shape[1])
         ys = fused(x, w1, b1, w2, b2, plan.order, launch.tiles(config), k, activation, launch.precision, config)
         return combine(ys, gates, plan.inverse, plan.offsets, k), x.new_empty(0, w1.shape[1])
-    config, gather = launch.config("up", w2.shape[2]), not sorts_first(x, plan.order.shape[0], w1.shape[1])
+    gather = not sorts_first(x, plan.order.shape[0], w1.shape[1])
     xs = x if gather else launch.sort_rows(x, k)[0]
-    args = (plan.order, launch.tiles(config), k, activation, glu, save, launch.precision, config)
-    h, z = up(xs, w1, b1, *args, gather=gather)
+    h, z = launch.up(xs, w1, b1, k, activation, save, gather)
     ys = launch.down(h, w2, b2, x.new_empty(plan.order.shape[0], w2.shape[1]))
     return combine(ys, gates, plan.inverse, plan.offsets, k), z
 
@@ -123,10 +167,8 @@ def moe_mlp_backward(
     dz = ph = dx = dw1 = db1 = dw2 = db2 = dgates = None
     dys, ps = launch.sort_rows(dy, k, gates=gates if need_b2 else None)
     if need_dz or need_w2 or need_gates:
-        config = launch.config("hidden_grad", w2.shape[2])
         wanted = {"need_dz": need_dz, "need_ph": need_w2, "need_parts": need_gates}
-        args = (dys, w2, z, gates, plan.order, launch.tiles(config), activation, glu, launch.precision, config)
-        dz, ph, parts = hidden_grad(*args, **wanted)
+        dz, ph, parts = launch.hidden_grad(dys, w2, z, gates, activation, **wanted)
     if need_gates:
         dgates = gate_grad(parts, dy, b2, plan.inverse, plan.offsets, k, launch.precision, gates.dtype)
     if need_w2:

@@ -4,11 +4,16 @@ import threading
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_mtl.kernels import configs
 from moe_mtl.kernels.configs import Config
+
+# Gluon, in which the warp-specialized kernels are written, is experimental and may change with any version of Triton:
+# these compile the kernels (tests/test_compiled_kernels.py). With another version the others run.
+GLUON_KNOWN = ("3.6.", "3.7.")
 
 
 class _Watcher(threading.local):
@@ -32,9 +37,9 @@ def launch(
     """Launches a kernel on the device of its first argument.
 
     Args:
-        kernel: decorated with `triton.jit`; its parameters are the arguments and then the constants, in order.
+        kernel: decorated with `triton.jit` or `gluon.jit`; its parameters are the arguments and then the constants, in order.
         grid: programs, up to three axes.
-        args: tensors, `TensorDescriptor`s, integers, None.
+        args: tensors, `TensorDescriptor`s of Triton or of Gluon, integers, None; the first a tensor or a descriptor.
         constants: the compile-time constants, all of them, in the order of the parameters.
         warps: per program.
         stages: steps in flight.
@@ -43,7 +48,7 @@ def launch(
     Raises:
         TypeError: the constants are not the kernel's last parameters in order.
     """
-    device = (args[0].base if type(args[0]) is TensorDescriptor else args[0]).device
+    device = (args[0] if isinstance(args[0], Tensor) else args[0].base).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, args, constants, warps, stages, **options)
@@ -83,6 +88,30 @@ def describable(t: Tensor) -> bool:
 def loads_blocks(device: torch.device) -> bool:
     """Whether a chip loads blocks by itself; the interpreter does as if."""
     return configs.chip(device)[0] not in range(1, 90)
+
+
+def warp_specializes(a: Tensor, w: Tensor, width: int, transposed: bool = False) -> bool:
+    """Whether the warp-specialized kernels can multiply sorted rows with the weights of their experts.
+
+    They are Hopper's, and read and write whole blocks. Without `transposed` the copy engine's zeros follow the summed
+    axis; with it, the next expert's weights do, so it must end with a block.
+
+    Args:
+        a: rows [r, k].
+        w: [e, n, k], or [e, k, n] where `transposed`.
+        width: of the result.
+        transposed: see `w`.
+    """
+    return (
+        configs.chip(a.device)[0] == 90
+        and triton.__version__.startswith(GLUON_KNOWN)
+        and describable(a)
+        and describable(w)
+        and w.is_contiguous()
+        and width % 8 == 0
+        and max(a.shape[0] * width, w.shape[0] * w.shape[1]) < 2**31  # places in the result, rows of weights
+        and (not transposed or w.shape[1] % configs.SUMMED == 0)
+    )
 
 
 def cdiv(size: int, block: int) -> int:

@@ -17,7 +17,6 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_mtl.kernels import configs
 from moe_mtl.kernels.triton_launch import watcher
@@ -111,7 +110,7 @@ class _Step:
     args: Callable[[list[Any]], tuple]  # the launcher's, out of all values
     makes: list[tuple[int, Callable[[], Tensor]]] = field(default_factory=list)  # holder, how
     addresses: list[tuple[int, int, int]] = field(default_factory=list)  # value, holder, bytes from its start
-    blocks: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)  # value, holder, rest of a descriptor
+    blocks: list[tuple[int, int, type, dict[str, Any]]] = field(default_factory=list)  # value, holder, descriptor's
     frees: list[int] = field(default_factory=list)
 
 
@@ -140,10 +139,10 @@ class Replay:
                 held[holder] = make()
             for at, holder, offset in step.addresses:
                 values[at] = held[holder].data_ptr() + offset
-            for at, holder, rest in step.blocks:
-                values[at] = _described(held[holder], rest)
+            for at, holder, kind, rest in step.blocks:
+                values[at] = _described(held[holder], kind, rest)
             step.run(*step.args(values))
-            for at, _, _ in step.blocks:  # they hold their tensors
+            for at, *_ in step.blocks:  # they hold their tensors
                 values[at] = None
             for holder in step.frees:
                 held[holder] = None
@@ -157,9 +156,9 @@ class Replay:
         return given[0] if self.alone else tuple(given)
 
 
-def _described(base: Tensor, rest: dict[str, Any]) -> TensorDescriptor:
-    """A block of memory, without the checks that the one it is like has passed."""
-    block = object.__new__(TensorDescriptor)
+def _described(base: Tensor, kind: type, rest: dict[str, Any]) -> Any:
+    """A descriptor of memory, Triton's or Gluon's, without the checks that the one it is like has passed."""
+    block = object.__new__(kind)
     block.__dict__.update(rest, base=base)
     return block
 
@@ -234,10 +233,11 @@ class _Record(TorchDispatchMode):
 
     def _value(self, arg: Any, step: _Step) -> int:
         """The place among the values of what a launch was given."""
-        if isinstance(arg, TensorDescriptor):
+        if hasattr(arg, "block_shape"):  # a descriptor
             holder, offset = self._place(arg.base)
             self.faithful &= offset == 0
-            step.blocks.append((self._constant(None), holder, {k: v for k, v in vars(arg).items() if k != "base"}))
+            rest = {name: what for name, what in vars(arg).items() if name != "base"}
+            step.blocks.append((self._constant(None), holder, type(arg), rest))
             return step.blocks[-1][0]
         if not isinstance(arg, Tensor):
             return self._constant(arg)
