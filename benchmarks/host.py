@@ -6,7 +6,7 @@ are those of Python, torch and Triton, for calls made in full and for calls made
 (`moe_mtl.kernels.triton_replay`), interleaved; the driver's own, and torch's allocator on a GPU, come on top.
 
 First every launch of a replay is compared with that of the call in full: kernel, grid, constants, descriptors, and
-addresses in arguments.
+addresses in arguments; also with the kernels of large layers, warp-specialized ones among them.
 """
 
 import argparse
@@ -102,6 +102,23 @@ def pretended_hopper() -> Iterator[None]:
             (dispatch, "interpreted", lambda: True),
         ):
             patches.enter_context(mock.patch.object(module, name, value))
+        yield
+
+
+@contextmanager
+def as_if_large() -> Iterator[None]:
+    """Within it the kernels and tile sizes of small layers are those of large ones."""
+    from moe_mtl.kernels import configs, gpu
+
+    pick = configs.pick
+
+    def of_a_large_one(kernel: str, arch: int, bits: int, glu: bool, rows: int, width: int, *can: bool) -> Any:
+        return pick(kernel, arch, bits, glu, 10**4, 10**4, *can)
+
+    with (
+        mock.patch.object(configs, "pick", of_a_large_one),
+        mock.patch.object(gpu, "sorts_first", lambda *_: True),
+    ):
         yield
 
 
@@ -213,15 +230,24 @@ def _told(value: Any, address: bool, inputs: list[Tensor]) -> Any:
 
 
 def check() -> tuple[int, list[str]]:
-    """Compares launches over dtypes, gated units and needed gradients."""
+    """Compares launches over dtypes, gated units and needed gradients, and those of large layers."""
     total, said = 0, []
+
+    def compare(what: str, bits: int, *how: Any) -> None:
+        nonlocal total
+        for name, (function, args) in Calls(bits, *how, width=64 if bits == 16 else 40).parts.items():
+            count, wrong = differing(function, args)
+            total += count
+            said.extend(f"{what}, {name}: {line}" for line in wrong)
+
     for bits in (16, 32):
         for glu in (False, True):
             for need in ((True,) * 6, (False, True, True, False, False, False)):
-                for name, (function, args) in Calls(bits, glu, need, width=64 if bits == 16 else 40).parts.items():
-                    count, wrong = differing(function, args)
-                    total += count
-                    said += [f"{bits} bits, glu {glu}, {name}: {line}" for line in wrong]
+                compare(f"{bits} bits, glu {glu}", bits, glu, need)
+    with as_if_large(), launches() as seen:
+        compare("as if large", 16)
+    gluon = {name for name, *_, args in seen if hasattr(args[0], "block_shape") and hasattr(args[0], "layout")}
+    said += [f"as if large: no Gluon {name}" for name in ("product_kernel", "hidden_grad_kernel") if name not in gluon]
     return total, said
 
 
