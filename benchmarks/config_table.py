@@ -16,22 +16,26 @@ WIDTHS = (256, 512)  # of widths
 MARGIN = 1.02  # how many times as fast a config must be to replace the table's
 UNGATED = ("fused",)  # kernels that never run gated experts
 MOST = 10**9
+FINEST = ("group", "epilogues", "registers", "warp_specialized")  # fields that the file leaves out at their defaults
+
+Cell = tuple[bool, int | None, int | None, bool]  # gated, upper ends of rows and width, can be warp-specialized
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Calls that use the same tile sizes; None is no upper end."""
+    """Calls that use the same tile sizes; None is no upper end. warp_specialized: they can run such kernels."""
 
     kernel: str
     bits: int
     glu: bool
     max_rows: int | None
     max_width: int | None
+    warp_specialized: bool = False
 
 
-def bucket_of(kernel: str, bits: int, glu: bool, rows: int, width: int) -> Bucket:
+def bucket_of(kernel: str, bits: int, glu: bool, rows: int, width: int, warp_specialized: bool = False) -> Bucket:
     """The bucket of a call; arguments as in `moe_mtl.kernels.configs.pick`."""
-    return Bucket(kernel, bits, glu, _end(rows, ROWS), _end(width, WIDTHS))
+    return Bucket(kernel, bits, glu, _end(rows, ROWS), _end(width, WIDTHS), warp_specialized)
 
 
 def best(times: dict[str, dict[Config, float]], current: Config) -> Config:
@@ -68,18 +72,20 @@ def newest_known(table: list[Entry], arch: int) -> int:
     return max(known)
 
 
-def picked(lines: list[Entry], kernel: str, bits: int, glu: bool, rows: int, width: int) -> Config | None:
-    """The first line that fits, of lines of one chip."""
-    fitting = (line for line in lines if line.fits(kernel, line.arch, bits, glu, rows, width))
+def picked(lines: list[Entry], kernel: str, bits: int, *call: int) -> Config | None:
+    """The first line that fits, of lines of one chip; arguments as in `moe_mtl.kernels.configs.pick`."""
+    fitting = (line for line in lines if line.fits(kernel, line.arch, bits, *call))
     return next((line.config for line in fitting), None)
 
 
 def merged(table: list[Entry], arch: int, chosen: dict[Bucket, Config]) -> list[Entry]:
     """The table with the chosen configs for that chip, and the lines of other chips as they were.
 
-    A chip without lines of its own starts from those it used before.
+    A chip without lines of its own starts from those it used before, without warp-specialized ones, which are Hopper's.
     """
-    old = [_relabelled(entry, arch) for entry in table if entry.arch == newest_known(table, arch)]
+    known = newest_known(table, arch)
+    kept = [entry for entry in table if entry.arch == known and (known == arch or not entry.config.warp_specialized)]
+    old = [_relabelled(entry, arch) for entry in kept]
     new = []
     for bits, kernel in product((16, 32), KERNELS):
         mine = [entry for entry in old if (entry.bits, entry.kernel) == (bits, kernel)]
@@ -95,7 +101,7 @@ def text(table: list[Entry]) -> str:
     for entry in table:
         config = asdict(entry.config)
         for field in fields(Config):
-            if field.name in ("group", "epilogues", "registers") and config[field.name] == field.default:
+            if field.name in FINEST and config[field.name] == field.default:
                 del config[field.name]
         line = {name: getattr(entry, name) for name in ("kernel", "arch", "bits", "glu", "max_rows", "max_width")}
         lines.append(json.dumps({n: v for n, v in line.items() if v is not None} | {"config": config}))
@@ -112,21 +118,29 @@ def _relabelled(entry: Entry, arch: int) -> Entry:
 
 
 def _lines(old: list[Entry], chosen: dict[Bucket, Config], arch: int) -> list[Entry]:
-    """Lines of one kernel and dtype: what was chosen, elsewhere what the old lines say, as few as will do."""
+    """Lines of one kernel and dtype: what was chosen, elsewhere what the old lines say, as few as will do.
+
+    Calls that can run warp-specialized kernels use others where those were chosen, or where the old lines say so.
+    """
     sample = next(iter(chosen))
     rows = (*sorted({*ROWS, *(e.max_rows for e in old if e.max_rows)}), None)
     widths = (*sorted({*WIDTHS, *(e.max_width for e in old if e.max_width)}), None)
-    cells: dict[tuple[bool, int | None, int | None], Config] = {}
+    cells: dict[Cell, Config] = {}
     for glu, r, w in product((False,) if sample.kernel in UNGATED else (True, False), rows, widths):
-        bucket = Bucket(sample.kernel, sample.bits, glu, _end(r, ROWS), _end(w, WIDTHS))
-        config = chosen.get(bucket) or picked(old, sample.kernel, sample.bits, glu, r or MOST, w or MOST)
-        if config:
-            cells[glu, r, w] = config
+        found = []
+        for can in (False, True):
+            bucket = Bucket(sample.kernel, sample.bits, glu, _end(r, ROWS), _end(w, WIDTHS), can)
+            call = (sample.kernel, sample.bits, glu, r or MOST, w or MOST, can)
+            found.append(chosen.get(bucket) or picked(old, *call))
+        plain, special = found
+        if plain:
+            cells[glu, r, w, True] = special if special and special.warp_specialized else plain
+            cells[glu, r, w, False] = plain
     if _says(old, sample, cells):
         return old
     lines = [
-        Entry(sample.kernel, arch, sample.bits, config, True if glu else None, r, w)
-        for (glu, r, w), config in cells.items()
+        Entry(sample.kernel, arch, sample.bits, config, glu or (False if config.warp_specialized else None), r, w)
+        for (glu, r, w, _), config in cells.items()
     ]
     done = False
     while not done:  # a line goes when the ones after it say the same
@@ -136,8 +150,8 @@ def _lines(old: list[Entry], chosen: dict[Bucket, Config], arch: int) -> list[En
     return lines
 
 
-def _says(lines: list[Entry], sample: Bucket, cells: dict[tuple[bool, int | None, int | None], Config]) -> bool:
+def _says(lines: list[Entry], sample: Bucket, cells: dict[Cell, Config]) -> bool:
     return all(
-        picked(lines, sample.kernel, sample.bits, glu, rows or MOST, width or MOST) == config
-        for (glu, rows, width), config in cells.items()
+        picked(lines, sample.kernel, sample.bits, glu, rows or MOST, width or MOST, can) == config
+        for (glu, rows, width, can), config in cells.items()
     )

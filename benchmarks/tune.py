@@ -5,8 +5,8 @@
     python benchmarks/tune.py --out FILE        writes there instead
 
 Every kernel is called through its launcher, alone, as `moe_mtl.kernels.gpu` calls it in training and inference; times
-are those of the GPU, from CUDA graphs, caches warm. Per kernel at most 12 configs are tried, those of the table among
-them. One that does not compile, does not fit the chip, spills registers or computes something else than the table's is
+are those of the GPU, from CUDA graphs, caches warm. Per kernel at most 16 configs are tried, those of the table among
+them, and warp-specialized ones only where the call can run them. One that does not compile, does not fit the chip, spills registers or computes something else than the table's is
 left out and named. The best config of each bucket of shapes goes into the table (benchmarks/config_table.py).
 """
 
@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,7 +38,7 @@ from torch import Tensor  # noqa: E402
 from moe_mtl.kernels import configs, plan  # noqa: E402
 from moe_mtl.kernels.configs import KERNELS, Config, Entry  # noqa: E402
 
-MOST_CONFIGS = 12
+MOST_CONFIGS = 16
 COMPILE_SHARE = 0.55  # of the seconds
 AGREE = {16: 2e-2, 32: 5e-3}  # relative difference to the result of the table's config
 ROW_TILES = {  # block_m, block_n, block_k, warps, stages, epilogues, registers
@@ -56,6 +56,11 @@ FINISHED = (  # kernels that do more than store a tile: in parts, and with room 
     (64, 128, 64, 4, 3, 4, 168), (64, 128, 64, 4, 3, 2), (128, 128, 64, 8, 3, 4), (128, 256, 64, 8, 3, 4),
     (64, 64, 128, 4, 3, 2),
 )  # fmt: skip
+WARP_SPECIALIZED = {  # block_m, block_n, stages, epilogues, group
+    "up": ((128, 128, 5, 2, 8), (128, 128, 5, 4, 8), (128, 128, 5, 2, 16), (64, 256, 4, 4, 8)),
+    "down": ((128, 128, 6, 2, 8), (64, 256, 5, 4, 8)),
+    "hidden_grad": ((128, 128, 4, 4, 8), (128, 128, 4, 4, 16), (64, 128, 5, 2, 8)),
+}
 LISTED = {
     "up": {16: FINISHED, 32: ROW_TILES[32]},
     "hidden_grad": {16: FINISHED, 32: ROW_TILES[32]},
@@ -85,19 +90,29 @@ class Problem:
         role: what for.
         width: of the result, as the table's entries count it.
         run: launches it with a config and returns its results.
+        warp_specialized: it can run such kernels.
     """
 
     kernel: str
     role: str
     width: int
     run: Callable[[Config], tuple[Tensor, ...]]
+    warp_specialized: bool = False
 
 
-def candidates(kernel: str, bits: int, lines: list[Entry]) -> list[Config]:
-    """Configs to try: those in the lines of a chip, then listed ones; `MOST_CONFIGS` at most."""
+def candidates(kernel: str, bits: int, lines: list[Entry], warp_specialized: bool = False) -> list[Config]:
+    """Configs to try: those in the lines of a chip, then listed ones; `MOST_CONFIGS` at most.
+
+    Warp-specialized ones are among them where they are asked for.
+    """
     mine = [entry.config for entry in lines if (entry.kernel, entry.bits) == (kernel, bits)]
+    more = [
+        Config(m, n, configs.SUMMED, 4, stages, group, epilogues, warp_specialized=True)
+        for m, n, stages, epilogues, group in (WARP_SPECIALIZED.get(kernel, ()) if bits == 16 else ())
+    ]
     listed = [_config(*sizes) for sizes in LISTED.get(kernel, ROW_TILES)[bits]]
-    return list(dict.fromkeys([*mine, *listed]))[:MOST_CONFIGS]
+    known = dict.fromkeys([*mine, *more, *listed])
+    return [config for config in known if warp_specialized or not config.warp_specialized][:MOST_CONFIGS]
 
 
 def _config(m: int, n: int, k: int, warps: int, stages: int, epilogues=1, registers=None) -> Config:
@@ -113,6 +128,7 @@ def problems(shape: Shape, kind: str, device: torch.device, processors: int) -> 
     from moe_mtl.kernels.triton_down import down
     from moe_mtl.kernels.triton_fused import fused, fused_fits
     from moe_mtl.kernels.triton_hidden_grad import hidden_grad
+    from moe_mtl.kernels.triton_launch import warp_specializes
     from moe_mtl.kernels.triton_up import up
     from moe_mtl.kernels.triton_weight_grad import weight_grad
 
@@ -133,16 +149,29 @@ def problems(shape: Shape, kind: str, device: torch.device, processors: int) -> 
         return sort.order, plan.tiles_of(sort, c.block_m)
 
     def run_up(save: bool, c: Config) -> tuple[Tensor, ...]:
+        if c.warp_specialized:
+            from moe_mtl.kernels import gluon_product
+
+            return gluon_product.up(xs, w1, b1, *bounds(c), act, save, c, processors)
         return up(xs, w1, b1, *tables(c), k, act, glu, save, exact, c, gather=gather)
 
-    def run_down(c: Config) -> tuple[Tensor, ...]:
-        return (down(hidden, w2, b2, *tables(c), exact, c, out=x.new_empty(rows, d)),)
+    def bounds(c: Config) -> tuple[Tensor, Tensor]:
+        return sort.offsets, plan.tiles_of(sort, c.block_m)
 
-    def run_input_grad(c: Config) -> tuple[Tensor, ...]:
-        out = x.new_empty(rows, d)
-        return (down(dz, w1, None, *tables(c), exact, c, out=out, transposed=True),)
+    def run_down(transposed: bool, c: Config) -> tuple[Tensor, ...]:
+        out, product = x.new_empty(rows, d), (dz, w1, None) if transposed else (hidden, w2, b2)
+        if c.warp_specialized:
+            from moe_mtl.kernels import gluon_product
+
+            return (gluon_product.down(*product, *bounds(c), c, processors, out=out, transposed=transposed),)
+        return (down(*product, *tables(c), exact, c, out=out, transposed=transposed),)
 
     def run_hidden_grad(c: Config) -> tuple[Tensor, ...]:
+        if c.warp_specialized:
+            from moe_mtl.kernels import gluon_hidden_grad
+
+            args = (dys, w2, z, gates, sort.order, *bounds(c), act, c, processors)
+            return gluon_hidden_grad.hidden_grad(*args)
         need = {"need_dz": True, "need_ph": True, "need_parts": True}
         return hidden_grad(dys, w2, z, gates, *tables(c), act, glu, exact, c, **need)
 
@@ -155,15 +184,16 @@ def problems(shape: Shape, kind: str, device: torch.device, processors: int) -> 
     def run_fused(c: Config) -> tuple[Tensor, ...]:
         return (fused(x, w1, b1, w2, b2, sort.order, plan.tiles_of(sort, c.block_m), k, act, exact, c),)
 
-    alone = fused_fits(w1, w2, glu)
+    can_up = not (glu or gather) and warp_specializes(xs, w1, h)
+    infer = Problem("up", "inference", h, partial(run_up, False), can_up)
     return [
-        Problem("up", "training", h, partial(run_up, True)),
-        Problem("down", "forward", d, run_down),
-        Problem("down", "input gradient", d, run_input_grad),
-        Problem("hidden_grad", "backward", h, run_hidden_grad),
+        Problem("up", "training", h, partial(run_up, True), can_up),
+        Problem("down", "forward", d, partial(run_down, False), not glu and warp_specializes(hidden, w2, d)),
+        Problem("down", "input gradient", d, partial(run_down, True), not glu and warp_specializes(dz, w1, d, True)),
+        Problem("hidden_grad", "backward", h, run_hidden_grad, not glu and warp_specializes(dys, w2, h, True)),
         Problem("weight_grad", "first layer", d, partial(run_weight_grad, True)),
         Problem("weight_grad", "second layer", h, partial(run_weight_grad, False)),
-        Problem("fused", "inference", d, run_fused) if alone else Problem("up", "inference", h, partial(run_up, False)),
+        Problem("fused", "inference", d, run_fused) if fused_fits(w1, w2, glu) else infer,
     ]
 
 
@@ -206,7 +236,6 @@ def compiled(shape: Shape, kind: str, place: int, config: Config, chip: tuple[in
 def code_of(shape: Shape, kind: str, place: int, config: Config, chip: tuple[int, int]) -> tuple:
     """What decides the code of a launch: two that agree in it are compiled once."""
     from triton.runtime.jit import JITFunction
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
     found = []
 
@@ -215,12 +244,12 @@ def code_of(shape: Shape, kind: str, place: int, config: Config, chip: tuple[int
         for parameter, arg in zip(function.params, args, strict=False):
             if isinstance(arg, Tensor):
                 kinds.append(arg.dtype)
-            elif isinstance(arg, TensorDescriptor):
+            elif hasattr(arg, "block_shape"):  # a descriptor; Gluon's have a layout, which these two decide
                 kinds.append((arg.base.dtype, *arg.block_shape))
             else:  # of integers Triton looks at these two things
                 free = arg is None or parameter.do_not_specialize
                 kinds.append(arg is None if free else (arg == 1, arg % 16 == 0))
-        found.append((function.fn.__name__, *kinds, *constants.items()))
+        found.append((function.fn.__module__, function.fn.__name__, *kinds, *constants.items()))
 
     this_chip = mock.patch.object(configs, "chip", lambda _: chip)
     with mock.patch.object(JITFunction, "run", read), this_chip:
@@ -244,10 +273,12 @@ def compile_all(
     codes: dict[tuple, Future] = {}
     launches: dict[tuple[Shape, int, Config], tuple] = {}
     for shape in shapes:
-        for place, problem in enumerate(problems(shape, kind, torch.device("meta"), chip[1])):
+        with mock.patch.object(configs, "chip", lambda _: chip):
+            listed = problems(shape, kind, torch.device("meta"), chip[1])
+        for place, problem in enumerate(listed):
             if problem.kernel not in kernels:
                 continue
-            for config in candidates(problem.kernel, bits, lines):
+            for config in candidates(problem.kernel, bits, lines, problem.warp_specialized):
                 code = launches[shape, place, config] = code_of(shape, kind, place, config, chip)
                 if code not in codes:
                     codes[code] = pool.submit(compiled, shape, kind, place, config, chip, shared_kib)
@@ -311,12 +342,13 @@ def sweep(
                 return found
             if problem.kernel not in kernels:
                 continue
-            bucket = bucket_of(problem.kernel, bits, shape.glu, shape.rows // shape.experts, problem.width)
+            can = problem.warp_specialized
+            bucket = bucket_of(problem.kernel, bits, shape.glu, shape.rows // shape.experts, problem.width, can)
             name = f"{shape.name}: {problem.kernel}, {problem.role}"
             times, skipped = {}, found.skipped.setdefault(name, {})
             current = _current(lines, bucket)
             expected = None
-            for config in [current, *(c for c in candidates(problem.kernel, bits, lines) if c != current)]:
+            for config in [current, *(c for c in candidates(problem.kernel, bits, lines, can) if c != current)]:
                 fault = faults(shape, place, config) if config != current else ""
                 try:
                     if not fault:
@@ -335,7 +367,7 @@ def sweep(
 
 def _current(lines: list[Entry], bucket: Bucket) -> Config:
     rows, width = bucket.max_rows or MOST, bucket.max_width or MOST
-    return picked(lines, bucket.kernel, bucket.bits, bucket.glu, rows, width)
+    return picked(lines, bucket.kernel, bucket.bits, bucket.glu, rows, width, bucket.warp_specialized)
 
 
 def _comparable(problem: Problem, config: Config) -> list[Tensor]:
@@ -358,9 +390,16 @@ def gpu_seconds(step: Callable[[], object]) -> float:
 
 
 def choose(found: Found, lines: list[Entry]) -> dict[Bucket, Config]:
-    """The best config of every bucket in which one ran on all problems."""
-    chosen = {}
+    """The best config of every bucket in which one ran on all problems.
+
+    What was measured where warp-specialized kernels can run counts for calls that cannot run them, too, without these.
+    """
+    chosen, measured = {}, {bucket: dict(times) for bucket, times in found.times.items()}
     for bucket, times in found.times.items():
+        if bucket.warp_specialized:
+            plain = {name: {c: t for c, t in one.items() if not c.warp_specialized} for name, one in times.items()}
+            measured.setdefault(replace(bucket, warp_specialized=False), {}).update(plain)
+    for bucket, times in measured.items():
         if set.intersection(*(set(by_config) for by_config in times.values())):
             chosen[bucket] = best(times, _current(lines, bucket))
     return chosen
@@ -383,6 +422,7 @@ def report(found: Found, chosen: dict[Bucket, Config], lines: list[Entry]) -> li
 def short(config: Config) -> str:
     more = f" epilogues {config.epilogues}" if config.epilogues != 1 else ""
     more += f" registers {config.registers}" if config.registers else ""
+    more += f" group {config.group} warp-specialized" if config.warp_specialized else ""
     return f"{config.block_m}x{config.block_n}x{config.block_k} w{config.warps} s{config.stages}{more}"
 
 

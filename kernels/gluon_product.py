@@ -201,7 +201,7 @@ def _finish(
     rows = first + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
     live = (rows < end)[:, None]
     cols = column * BLOCK_N + gl.arange(0, PART, layout=gl.SliceLayout(0, layout))
-    at = rows.to(gl.int64)[:, None] * width + cols.to(gl.int64)[None, :]
+    at = rows[:, None] * width + cols[None, :]  # 32 bits, which saves registers; see `warp_specializes`
     for i in gl.static_range(PARTS):
         y = gl.convert_layout(accs[i], part_layout)
         if BIAS:

@@ -1,5 +1,6 @@
 """The sweep over tile sizes, and the table it writes."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -75,8 +76,8 @@ def test_finer_ranges_of_the_table_are_kept_where_nothing_was_measured():
 
 
 def test_lines_that_say_nothing_are_left_out():
-    buckets = {Bucket("down", 16, glu, rows, width) for glu, rows, width in product(
-        (False, True), (48, 512, None), (256, 512, None)
+    buckets = {Bucket("down", 16, *bucket) for bucket in product(
+        (False, True), (48, 512, None), (256, 512, None), (False, True)
     )}  # fmt: skip
     merged = config_table.merged(list(configs.entries()), 90, dict.fromkeys(buckets, A))
 
@@ -87,13 +88,45 @@ def test_lines_that_say_nothing_are_left_out():
     assert [e for e in merged if not is_down(e)] == [e for e in configs.entries() if not is_down(e)]
 
 
+def test_warp_specialized_lines_come_and_go():
+    special = Config(128, 128, 64, stages=6, epilogues=2, warp_specialized=True)
+    table = [Entry("down", 90, 16, A, max_rows=512), Entry("down", 90, 16, B)]
+    large = [Bucket("down", 16, False, None, width) for width in (256, 512, None)]
+    able = [replace(bucket, warp_specialized=True) for bucket in large]
+    more = config_table.merged(table, 90, dict.fromkeys(able, special))
+    assert more == [table[0], Entry("down", 90, 16, special, glu=False), table[1]]
+    written = config_table.text(more)
+    assert written.count("warp_specialized") == written.count('"glu": false') == 1
+    for rows, can, expected in ((512, True, A), (513, True, special), (513, False, B)):
+        assert config_table.picked(more, "down", 16, False, rows, 300, can) == expected
+    others = config_table.merged(more, 90, dict.fromkeys(large, C))  # of calls that cannot run them
+    assert config_table.picked(others, "down", 16, False, 513, 300, True) == special
+    assert config_table.picked(others, "down", 16, False, 513, 300, False) == C
+    assert config_table.merged(more, 90, dict.fromkeys(able, B)) == table
+    newer = config_table.merged(more, 100, {})
+    assert not [entry for entry in newer if entry.arch == 100 and entry.config.warp_specialized]
+
+
+def test_what_runs_where_warp_specialized_kernels_can_counts_for_the_rest():
+    special = Config(128, 128, 64, stages=6, epilogues=2, warp_specialized=True)
+    bucket = Bucket("down", 16, False, None, None)
+    able = replace(bucket, warp_specialized=True)
+    found = tune.Found({able: {"p": {special: 1.0, B: 3.0, A: 2.0}}, bucket: {"q": {A: 3.0, B: 1.0}}}, {})
+    lines = [Entry("down", 90, 16, special, glu=False), Entry("down", 90, 16, A)]
+    assert tune.choose(found, lines) == {able: special, bucket: B}
+
+
 @pytest.mark.parametrize("arch, bits, kernel", product((80, 90), (16, 32), configs.KERNELS))
-def test_at_most_twelve_candidates_the_table_first(arch, bits, kernel):
+def test_not_too_many_candidates_the_table_first(arch, bits, kernel):
     lines = [entry for entry in configs.entries() if entry.arch == arch]
-    found = tune.candidates(kernel, bits, lines)
+    assert not any(config.warp_specialized for config in tune.candidates(kernel, bits, lines))
+    found = tune.candidates(kernel, bits, lines, True)
     assert len(set(found)) == len(found) <= tune.MOST_CONFIGS
     known = {entry.config for entry in lines if (entry.kernel, entry.bits) == (kernel, bits)}
     assert known <= set(found) and (len(found) > len(known) or not known)
+    special = {config for config in found if config.warp_specialized}
+    assert all((config.block_k, config.warps) == (configs.SUMMED, 4) for config in special)
+    assert bool(special) == (bits == 16 and kernel in tune.WARP_SPECIALIZED)
     if kernel != "weight_grad":
         assert {config.block_m for config in found} <= set(plan.TILE_ROWS)
 
@@ -102,12 +135,11 @@ LAUNCHES = """
 import torch, tune
 from unittest import mock
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_mtl.kernels import configs, gpu
 from shapes import SHAPES
 
 def told(a):
-    if isinstance(a, TensorDescriptor):
+    if hasattr(a, "block_shape"):
         return (*told(a.base), *a.block_shape)
     return (a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a
 
@@ -115,8 +147,8 @@ def launches(run):
     found = set()
     def record(function, *args, grid, warmup, **constants):
         name = function.fn.__name__.removesuffix("_kernel")
-        if name in configs.KERNELS:
-            found.add((name, grid, *map(told, args), *sorted(constants.items())))
+        if name in (*configs.KERNELS, "product"):
+            found.add((function.fn.__module__, name, grid, *map(told, args), *sorted(constants.items())))
     chip = mock.patch.object(configs, "chip", lambda device: (90, 132))
     with chip, mock.patch.object(JITFunction, "run", record), torch.device("meta"):
         run()
@@ -124,7 +156,8 @@ def launches(run):
 
 def tuned():
     for problem in tune.problems(shape, "bf16", torch.device("meta"), 132):
-        problem.run(configs.pick(problem.kernel, 90, 16, shape.glu, shape.rows // shape.experts, problem.width))
+        call = (shape.glu, shape.rows // shape.experts, problem.width, problem.warp_specialized)
+        problem.run(configs.pick(problem.kernel, 90, 16, *call))
 
 def library():
     e, d, wide = shape.experts, shape.dim, shape.wide
@@ -137,10 +170,13 @@ def library():
     need = [True, True, b1 is not None, True, b2 is not None, True]
     gpu.moe_mlp_backward(x, x, z, w1, w2, b2, gates, sort, act, shape.glu, need)
 
+special = 0
 for shape in SHAPES:
     timed, real = launches(tuned), launches(library)
     assert len(real) == 7, len(real)
     assert timed == real, (shape, timed ^ real)
+    special += sum("gluon" in module for module, *_ in real)
+assert special > 20, special
 print("same")
 """
 
@@ -171,7 +207,7 @@ from triton.runtime.jit import JITFunction
 import moe_mtl.kernels.gpu as gpu
 
 seen = 0
-for path in pathlib.Path(gpu.__file__).parent.glob("triton_*.py"):
+for path in pathlib.Path(gpu.__file__).parent.glob("*t*on_*.py"):  # Triton's and Gluon's
     module = importlib.import_module("moe_mtl.kernels." + path.stem)
     for name, kernel in vars(module).items():
         if isinstance(kernel, JITFunction) and name.endswith("_kernel") and path.stem != "triton_plan":
