@@ -6,8 +6,9 @@
 
 Every kernel is called through its launcher, alone, as `moe_mtl.kernels.gpu` calls it in training and inference; times
 are those of the GPU, from CUDA graphs, caches warm. Per kernel at most 16 configs are tried, those of the table among
-them, and warp-specialized ones only where the call can run them. One that does not compile, does not fit the chip, spills registers or computes something else than the table's is
-left out and named. The best config of each bucket of shapes goes into the table (benchmarks/config_table.py).
+them, and warp-specialized ones only where the call can run them. One that does not compile, does not fit the chip,
+spills registers or computes something else than the table's is left out and named. The best config of each bucket of
+shapes goes into the table (benchmarks/config_table.py).
 """
 
 import argparse

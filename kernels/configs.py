@@ -91,9 +91,7 @@ def entries() -> tuple[Entry, ...]:
 
 
 @cache
-def pick(
-    kernel: str, arch: int, bits: int, glu: bool, rows: int, width: int, warp_specialized: bool = False
-) -> Config:
+def pick(kernel: str, arch: int, bits: int, glu: bool, rows: int, width: int, warp_specialized: bool = False) -> Config:
     """The tile sizes for a call.
 
     Args:

@@ -8,10 +8,10 @@ takes its place there on the way out. Barriers, count 1 each:
     z_ready[c]   the producer's `expect` and the bytes of the tile: before the u-th tile of consumer c, wait(u & 1)
     z_empty[c]   the consumer, when dz has left the buffer;         before the producer's u-th use, wait((u & 1) ^ 1)
 
-The producer asks for z behind block STAGES of the same tile, behind the last where there are fewer. By then the consumer
-has handed back the tile's first slot, so it is done with its last epilogue, and the buffer is free without waiting.
-Nobody waits forever: the end of use u - 1 takes nothing but the epilogue of that tile, whose blocks and z the producer
-has asked for before.
+The producer asks for z behind block STAGES of the same tile, behind the last where there are fewer. By then the
+consumer has handed back the tile's first slot, so it is done with its last epilogue, and the buffer is free without
+waiting. Nobody waits forever: the end of use u - 1 takes nothing but the epilogue of that tile, whose blocks and z the
+producer has asked for before.
 
 Registers limit the epilogue: it takes 64 rows and PART columns at a time, and its addresses are 32 bits.
 """

@@ -4,8 +4,9 @@
     second layer     y = h w2^T + b2
     input gradient   dx = dz w1                     TRANSPOSED
 
-See `gluon_ring` for the partitions and their barriers. A tile leaves through a buffer of its consumer, PART columns at a
-time: written as products lie in registers, read and stored as whole rows of 16 bytes a thread up to the segment's end.
+See `gluon_ring` for the partitions and their barriers. A tile leaves through a buffer of its consumer, PART columns at
+a time: written as products lie in registers, read and stored as whole rows of 16 bytes a thread up to the segment's
+end.
 """
 
 from torch import Tensor

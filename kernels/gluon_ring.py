@@ -10,8 +10,8 @@ Tiles. The plan's table of tiles begins with those that hold rows; how many they
 plan's offsets. Program p has the tiles p, p + programs, p + 2 programs, ... of them and of all columns, in the order of
 `grouped_order`: the partitions agree on the sequence by arithmetic alone. A program without a tile runs no loop.
 
-The ring of operands has STAGES slots. Block number B, counted over all tiles of the program, `steps` blocks a tile, lies
-in slot B % STAGES and is the (B // STAGES)-th use of it. Barriers of a slot:
+The ring of operands has STAGES slots. Block number B, counted over all tiles of the program, `steps` blocks a tile,
+lies in slot B % STAGES and is the (B // STAGES)-th use of it. Barriers of a slot:
 
     ready[slot]  count 1: the producer's `expect` arrives, and the copy engine's bytes complete the phase
     empty[slot]  count 1: the consumer whose tile the block belongs to arrives when its products have read the block

@@ -37,7 +37,7 @@ def launch(
     """Launches a kernel on the device of its first argument.
 
     Args:
-        kernel: decorated with `triton.jit` or `gluon.jit`; its parameters are the arguments and then the constants, in order.
+        kernel: of `triton.jit` or `gluon.jit`; its parameters are the arguments and then the constants, in order.
         grid: programs, up to three axes.
         args: tensors, `TensorDescriptor`s of Triton or of Gluon, integers, None; the first a tensor or a descriptor.
         constants: the compile-time constants, all of them, in the order of the parameters.

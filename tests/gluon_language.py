@@ -1,0 +1,226 @@
+"""Runs the source of the warp-specialized kernels without a GPU and without Triton, partitions as threads.
+
+`load` executes the modules with stand-ins for Gluon and for `triton_launch.launch`, which runs a kernel's programs one
+after the other on tensors of the CPU, 16-bit ones bfloat16. Found are deadlocks, buffers overwritten while a product
+reads them or before anyone has read them, wrong phases, places written twice or outside a tensor, and wrong numbers.
+Fences, the memory model, registers and the compiler are not looked at.
+"""
+
+import random
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests import gluon_machine as machine
+from tests.gluon_machine import (
+    Accumulator,
+    Barrier,
+    Buffer,
+    Buffers,
+    Fault,
+    Memory,
+    Pointer,
+    T,
+    TensorDescriptor,
+    Warp,
+    World,
+)
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+MODULES = ("triton_math", "gluon_ring", "gluon_product", "gluon_hidden_grad")
+WARPS = 4  # of a consumer
+
+seeds = random.Random(0)
+
+
+def launch(kernel: Callable, grid: tuple[int], args: tuple, constants: dict[str, Any], warps: int) -> None:
+    """Stands in for `triton_launch.launch`."""
+    memories = {id(t): Memory(t) for t in args if isinstance(t, torch.Tensor)}
+    given = [Pointer(memories[id(t)]) if isinstance(t, torch.Tensor) else t for t in args]
+    for program in range(grid[0]):
+        machine.world = World(seeds.randrange(10**9), program, grid[0])
+        kernel(*given, *constants.values())
+    for memory in memories.values():
+        memory.give_back()
+
+
+# ---- the language ----------------------------------------------------------------------------------------------------
+
+
+def load_from(pointer: Pointer, mask: Any = None, other: Any = None) -> Any:
+    machine.world.turn()
+    return pointer.memory.load(pointer.at, mask, other)
+
+
+def store_to(pointer: Pointer, value: Any, mask: Any = None) -> None:
+    machine.world.turn()
+    if not machine.world.shadow():
+        pointer.memory.store(pointer.at, value, mask)
+
+
+def init(barrier: Barrier, count: int) -> None:
+    barrier.count = barrier.pending = count
+
+
+def wait(barrier: Barrier, phase: int) -> None:
+    machine.world.turn(lambda: barrier.passed(phase))
+
+
+def arrive(barrier: Barrier, count: int = 1, nbytes: int = 0) -> None:
+    machine.world.turn()
+    if not machine.world.shadow():
+        barrier.bytes += nbytes
+        barrier.pending -= count
+        barrier.settle()
+
+
+def warp_barrier() -> None:
+    """Of the warps of a partition."""
+    meeting = machine.world.meeting.setdefault(machine.here.warp.partition, [0, 0])
+    meeting[0] += 1
+    mine = meeting[1]
+    if meeting[0] == WARPS:
+        meeting[:] = 0, mine + 1
+    machine.world.turn(lambda: meeting[1] > mine)
+
+
+def copy(descriptor: TensorDescriptor, at: list[int], barrier: Barrier, buffer: Buffer) -> None:
+    machine.world.turn()
+    values = descriptor.block(at)
+
+    def done() -> None:
+        if buffer.readers:
+            raise Fault("overwritten while a product reads it")
+        if buffer.fresh:
+            raise Fault("overwritten before anyone has read it")
+        buffer.data[...] = values
+        buffer.fresh, buffer.version = True, buffer.version + 1
+        barrier.bytes -= descriptor.block_type.nbytes
+        barrier.settle()
+
+    machine.world.copies.append(done)
+
+
+def product(a: Buffer, w: Buffer, acc: Any, use_acc: bool, is_async: bool) -> Accumulator:
+    machine.world.turn()
+    acc = acc if isinstance(acc, Accumulator) else Accumulator(acc)
+    if machine.world.shadow():
+        return acc
+    for buffer in (a.root, w.root):
+        buffer.readers += 1
+    return Accumulator(acc.value, (*acc.pending, (a, w, use_acc, a.root.version, w.root.version)))
+
+
+def product_wait(pending: int, deps: tuple[Accumulator]) -> Any:
+    (acc,) = deps
+    machine.world.turn()
+    while len(acc.pending) > pending:
+        a, w, use_acc, *versions = acc.pending.pop(0)
+        if [a.root.version, w.root.version] != versions:
+            raise Fault("an operand changed under a product")
+        if np.isnan(a.data).any() or np.isnan(w.data).any():
+            raise Fault("a product of what was never copied")
+        acc.value = ((acc.value if use_acc else 0) + a.data @ w.data).astype(np.float32).view(T)
+        for buffer in (a.root, w.root):
+            buffer.readers -= 1
+            buffer.fresh = False
+    return acc if pending else acc.value
+
+
+def specialize(partitions: list[tuple[Callable, tuple]], warps: list[int], registers: list[int]) -> None:
+    """A partition of one warp has no shadows."""
+    machine.world.run([
+        Warp(function, args, number, shadow > 0, slow=machine.world.random.random() < 0.25)
+        for number, ((function, args), count) in enumerate(zip(partitions, (WARPS, *warps), strict=True))
+        for shadow in range(count)
+    ])  # fmt: skip
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    return np.where(condition, x, y).view(T) if np.ndim(condition) else (x if condition else y)
+
+
+def minimum(x: Any, y: Any) -> Any:
+    return np.minimum(x, y).view(T) if np.ndim(x) or np.ndim(y) else min(x, y)
+
+
+def assembly(text: str, constraints: str, args: list[T], kind: str, pure: bool, pack: int) -> T:
+    return {"ex2": np.exp2, "rcp": np.reciprocal}[text[:3]](args[0]).view(T)
+
+
+def same(x: Any = None, *_: Any) -> Any:
+    return x
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def jit(function: Any = None, **_: Any) -> Any:
+    return same if function is None else function
+
+
+LANGUAGE = types.SimpleNamespace(
+    constexpr=same, constexpr_function=same, convert_layout=same, to_tensor=same, static_range=range,
+    static_assert=nothing, BlockedLayout=nothing, SliceLayout=nothing, NVMMADistributedLayout=nothing,
+    NVMMASharedLayout=types.SimpleNamespace(get_default_for=nothing), barrier=warp_barrier, warp_specialize=specialize,
+    allocate_shared_memory=lambda kind, shape, layout: Buffers(shape, layout == "barriers"), num_warps=lambda: WARPS,
+    arange=lambda a, b, layout=None: np.arange(a, b).view(T), load=load_from, store=store_to, where=where,
+    zeros=lambda shape, kind, layout: np.zeros(shape, np.float32).view(T), minimum=minimum, maximum=np.maximum,
+    abs=np.abs, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b), inline_asm_elementwise=assembly,
+    program_id=lambda axis: machine.world.program, num_programs=lambda axis: machine.world.programs,
+    int32="i32", int64="i64", float32="fp32", bfloat16="bf16",
+)  # fmt: skip
+HOPPER = types.SimpleNamespace(
+    fence_async_shared=nothing, warpgroup_mma=product, warpgroup_mma_wait=product_wait,
+    tma=types.SimpleNamespace(async_copy_global_to_shared=copy),
+    mbarrier=types.SimpleNamespace(
+        init=init, wait=wait, arrive=arrive, expect=lambda barrier, nbytes: arrive(barrier, 1, nbytes),
+        MBarrierLayout=lambda: "barriers",
+    ),
+)  # fmt: skip
+
+
+def stand_ins() -> dict[str, Any]:
+    gluon = types.SimpleNamespace(jit=jit, constexpr_function=same, language=LANGUAGE)
+    knobs = types.SimpleNamespace(runtime=types.SimpleNamespace(interpret=False))
+    host = {"cdiv": LANGUAGE.cdiv, "next_power_of_2": lambda n: 1 << (n - 1).bit_length(), "launch": launch}
+    return {
+        "triton": types.SimpleNamespace(jit=jit, language=LANGUAGE, knobs=knobs),
+        "triton.language": LANGUAGE,
+        "triton.experimental": types.SimpleNamespace(gluon=gluon),
+        "triton.experimental.gluon": gluon,
+        "triton.experimental.gluon.language.nvidia.hopper": HOPPER,
+        "triton.experimental.gluon.nvidia.hopper": types.SimpleNamespace(TensorDescriptor=TensorDescriptor),
+        "moe_mtl.kernels.triton_launch": types.SimpleNamespace(**host),
+    }
+
+
+def load(*changes: tuple[str, str, str]) -> types.SimpleNamespace:
+    """The kernels' modules on this machine.
+
+    Args:
+        changes: module, what its source holds, and what stands there instead.
+    """
+    before = dict(sys.modules)
+    sys.modules.update(stand_ins())
+    try:
+        loaded = {}
+        for name in MODULES:
+            source = (KERNELS / f"{name}.py").read_text()
+            for module, old, new in changes:
+                if module == name:
+                    assert old in source, f"{name}: no {old!r}"
+                    source = source.replace(old, new)
+            module = types.ModuleType(f"moe_mtl.kernels.{name}")
+            sys.modules[module.__name__] = loaded[name] = module
+            exec(compile(source, f"{name}.py", "exec"), module.__dict__)
+        return types.SimpleNamespace(**loaded)
+    finally:
+        sys.modules.clear()
+        sys.modules.update(before)
