@@ -230,6 +230,8 @@ def check_plan(rows: int, experts: int, dtype: torch.dtype, device: torch.device
 
 def check_config(entry: configs.Entry, device: torch.device) -> Report:
     """An entry of the table of tile sizes, forced on sizes that are whole blocks and on sizes that are not."""
+    if entry.config.warp_specialized:
+        return check_warp_specialized(entry, device)
     pick, report = configs.pick, Report()
 
     def forced(kernel: str, *call) -> configs.Config:
@@ -242,6 +244,41 @@ def check_config(entry: configs.Entry, device: torch.device) -> Report:
                 found = check_mlp(replace(case, ids="some unused"), kind, device, "triton")
             found.failures = [f"{entry.kernel} {entry.config}: {line}" for line in found.failures]
             report.add(found)
+    return report
+
+
+def check_warp_specialized(entry: configs.Entry, device: torch.device) -> Report:
+    """The same for an entry that is warp-specialized, where calls can run it: in inference, forward and backward.
+
+    Enough rows that every program has several tiles; rows of experts, and columns of all results, end inside tiles. Of
+    the summed axes those of the first layer and of its weights' gradient end inside blocks; the others must not.
+    """
+    from moe_mtl.kernels import gpu
+
+    pick, report = configs.pick, Report()
+    for kind, sizes, activation in (
+        ("bf16", (256, 256, 256), "gelu"),
+        ("bf16", (200, 192, 320), "silu"),
+        ("fp16", (200, 192, 320), "relu"),
+    ):
+        used = []
+
+        def forced(kernel: str, *call, used=used) -> configs.Config:
+            if kernel != entry.kernel or not call[-1]:
+                return pick(kernel, *call)
+            used.append(kernel)
+            return entry.config
+
+        case = Case(9000, 3, 3, *sizes, activation=activation, ids="some unused")
+        with (
+            mock.patch.object(configs, "pick", forced),
+            mock.patch.object(gpu, "sorts_first", lambda *_: True),
+        ):
+            found = check_mlp(case, kind, device, "triton")
+        found.failures = [f"{entry.kernel} {entry.config}: {line}" for line in found.failures]
+        if not used:
+            found.failures.append(f"{entry.kernel} {entry.config}: {kind} {case}: no call could run it")
+        report.add(found)
     return report
 
 

@@ -84,11 +84,13 @@ def values(kind: str, device: torch.device, count: int, part: int = 0, parts: in
 
 
 def table(device: torch.device) -> Step:
-    """Every entry that this chip uses."""
+    """Every entry that this chip and this Triton use."""
+    from moe_mtl.kernels.triton_launch import runs_gluon
+
     arch, _ = configs.chip(device)
     known = [entry.arch for entry in configs.entries() if entry.arch <= arch]
     for entry in configs.entries():
-        if known and entry.arch == max(known):
+        if known and entry.arch == max(known) and (runs_gluon(device) or not entry.config.warp_specialized):
             yield check_config(entry, device)
 
 
@@ -104,10 +106,11 @@ def plans(device: torch.device) -> Step:
 def determinism(device: torch.device) -> Step:
     """The same call gives the same bits: outputs and every gradient, with weight gradients split and not split.
 
-    Called in full, then watched, then made again from the record (`moe_mtl.kernels.triton_replay`).
+    Called in full, then watched, then made again from the record (`moe_mtl.kernels.triton_replay`). Few large experts
+    without gated units are what warp-specialized kernels are for.
     """
     sizes = (
-        ((2048, 4, 4, 384, 384, 384), (300, 2, 16, 192, 96, 192)) if device.type == "cuda" else ((9, 2, 3, 16, 16, 16),)
+        ((2048, 4, 4, 384, 768, 384), (300, 2, 16, 192, 96, 192)) if device.type == "cuda" else ((9, 2, 3, 16, 16, 16),)
     )
     for case in (Case(*size, glu=glu, ids="some unused") for size in sizes for glu in (False, True)):
         for kind in DTYPES:
@@ -125,9 +128,10 @@ def determinism(device: torch.device) -> Step:
 
 def graph(device: torch.device) -> Step:
     """Replays of a captured forward agree bit for bit with eager calls; no op waits for the GPU."""
-    for glu in (False, True):
+    small, large = (300, 4, 16, 384, 384, 384), (2048, 4, 4, 384, 768, 384)
+    for size, glu in ((small, False), (small, True), (large, False)):
         for kind in DTYPES:
-            case = Case(300, 4, 16, 384, 384, 384, glu=glu, bias=not glu, activation="silu" if glu else "gelu")
+            case = Case(*size, glu=glu, bias=not glu, activation="silu" if glu else "gelu")
             leaves, idx = draw_leaves(case, kind, device)
             held = [t if t is None else t.detach() for t in leaves]
             options = {"activation": case.activation, "glu": glu, "backend": "triton"}

@@ -45,6 +45,7 @@ class Config:
 
 SUMMED = 64  # block_k of warp-specialized configs
 INTERPRETED = Config(32, 32, 32)
+HOPPER = 90  # its compute capability
 HOPPER_SHARED = 227 * 1024  # bytes a program can have, which the lines for 90 count on
 
 
@@ -125,6 +126,6 @@ def chip(device: torch.device) -> tuple[int, int]:
         return 0, 1
     properties = torch.cuda.get_device_properties(device)
     arch = 10 * properties.major + properties.minor
-    if arch >= 90 and properties.shared_memory_per_block_optin < HOPPER_SHARED:
+    if arch >= HOPPER and properties.shared_memory_per_block_optin < HOPPER_SHARED:
         arch = 89
     return arch, properties.multi_processor_count

@@ -90,10 +90,15 @@ def loads_blocks(device: torch.device) -> bool:
     return configs.chip(device)[0] not in range(1, 90)
 
 
+def runs_gluon(device: torch.device) -> bool:
+    """Whether the warp-specialized kernels run there: they are made of Hopper's products and barriers."""
+    return configs.chip(device)[0] == configs.HOPPER and triton.__version__.startswith(GLUON_KNOWN)
+
+
 def warp_specializes(a: Tensor, w: Tensor, width: int, transposed: bool = False) -> bool:
     """Whether the warp-specialized kernels can multiply sorted rows with the weights of their experts.
 
-    They are Hopper's, and read and write whole blocks. Without `transposed` the copy engine's zeros follow the summed
+    They read and write whole blocks. Without `transposed` the copy engine's zeros follow the summed
     axis; with it, the next expert's weights do, so it must end with a block.
 
     Args:
@@ -103,8 +108,7 @@ def warp_specializes(a: Tensor, w: Tensor, width: int, transposed: bool = False)
         transposed: see `w`.
     """
     return (
-        configs.chip(a.device)[0] == 90
-        and triton.__version__.startswith(GLUON_KNOWN)
+        runs_gluon(a.device)
         and describable(a)
         and describable(w)
         and w.is_contiguous()

@@ -125,36 +125,42 @@ class Buffers:
 
     def __init__(self, shape: list[int], barriers: bool):
         self.type = types.SimpleNamespace(shape=list(shape))
-        self.each = [Barrier() if barriers else Buffer(np.full(shape[1:], np.nan, np.float32)) for _ in range(shape[0])]
+        self.each = [Barrier() if barriers else Buffer(*_fresh(shape[1:])) for _ in range(shape[0])]
 
     def index(self, i: int) -> Any:
         return self.each[i]
+
+
+def _fresh(shape: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    return np.full(shape, np.nan, np.float32), np.zeros(shape, bool)
 
 
 class Buffer:
     """A buffer, or a view of one.
 
     Attributes:
+        known: where something was written or copied.
         readers: products that read it.
         fresh: copied into, and not read since.
         version: how many copies it has taken.
     """
 
-    def __init__(self, data: np.ndarray, root: "Buffer | None" = None):
-        self.data, self.root = data, root or self
+    def __init__(self, data: np.ndarray, known: np.ndarray, root: "Buffer | None" = None):
+        self.data, self.known, self.root = data, known, root or self
         self.readers, self.fresh, self.version = 0, False, 0
 
     def permute(self, axes: tuple[int, ...]) -> "Buffer":
-        return Buffer(self.data.transpose(axes), self.root)
+        return Buffer(self.data.transpose(axes), self.known.transpose(axes), self.root)
 
     def slice(self, start: int, length: int, dim: int = 0) -> "Buffer":
-        return Buffer(self.data[(slice(None),) * dim + (slice(start, start + length),)], self.root)
+        part = (slice(None),) * dim + (slice(start, start + length),)
+        return Buffer(self.data[part], self.known[part], self.root)
 
     def load(self, layout: Any) -> T:
         world.turn()
         if world.shadow():
             return np.zeros(self.data.shape, np.float32).view(T)
-        if np.isnan(self.data).any():
+        if not self.known.all():
             raise Fault("read before it was written")
         self.root.fresh = False
         return self.data.copy().view(T)
@@ -164,7 +170,7 @@ class Buffer:
         if not world.shadow():
             if self.root.readers:
                 raise Fault("written while a product reads it")
-            self.data[...] = value
+            self.data[...], self.known[...] = value, True
 
 
 class Accumulator:

@@ -30,7 +30,12 @@ def check(reports: list[dict], arch: int) -> None:
         *("count", "place", "up", "fused", "down", "combine", "hidden_grad", "gate_grad", "weight_grad")
     }
     assert not any(report["faults"] for report in reports)
+    special = [r for r in reports if "warp-specialized" in r["kernel"]]
+    assert {r["kernel"].split()[0] for r in special} == ({"product", "hidden_grad"} if arch == 90 else set())
     if arch == 90:
+        for sizes in ("stages 5 part 64", "stages 6 part 64", "transposed", "128x32 stages 4"):
+            ends = [" even_n" in r["kernel"] for r in special if sizes in r["kernel"]]
+            assert {True, False} == set(ends)  # columns that are whole tiles, and that are not
         large = [r for r in reports if r["kernel"].split()[1] in ("bf16", "fp16") and " 128 128 " in r["kernel"]]
         assert large and all(report["wgmma"] for report in large)
 
@@ -64,3 +69,5 @@ def test_faults_are_found(tool):
     assert tool.faults(fine | {"spills": 2}, True) == ["spills"] == tool.faults(fine | {"stack": 8}, True)
     assert tool.faults(fine | {"shared_kib": 227.5}, True) == ["more than 227 KiB of shared memory"]
     assert tool.faults(fine | {"tensor_core": 0}, True) == ["no tensor-core instruction"]
+    assert tool.faults(fine | {"wgmma": 0}, True, True) == ["no product of a warpgroup"]
+    assert tool.faults(fine | {"wgmma": 4}, True, True) == []

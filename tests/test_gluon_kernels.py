@@ -1,15 +1,18 @@
 """The warp-specialized kernels' own source, on a machine in NumPy whose partitions run in random order."""
 
+import importlib
 import random
+import sys
 
 import pytest
 import torch
 
+from moe_mtl.kernels import configs, dispatch, ops, reference
 from moe_mtl.kernels import plan as tables
-from moe_mtl.kernels import reference
 from moe_mtl.kernels.configs import Config
 from tests import gluon_language
 from tests.gluon_machine import Fault
+from tests.kernel_cases import differentiate, make
 
 CASES = {  # rows of each expert, unused rows, programs
     "ends inside tiles, an empty expert": ((70, 0, 129, 5), 3, 2),
@@ -147,3 +150,116 @@ def test_a_planted_fault_is_found(fault):
                 for case in CASES:
                     for sizes in SIZES:
                         check(broken, role, case, sizes, "gelu", seed)
+
+
+# ---- as layers call them ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(kernels, monkeypatch):
+    """Names of the warp-specialized kernels that layers launch; the other kernels are interpreted."""
+    pytest.importorskip("triton")
+    if not dispatch.interpreted():
+        pytest.skip("TRITON_INTERPRET=1 is not set")
+    gpu, triton_launch = (importlib.import_module(f"moe_mtl.kernels.{name}") for name in ("gpu", "triton_launch"))
+    special = Config(64, 64, configs.SUMMED, stages=3, epilogues=2, warp_specialized=True)
+    monkeypatch.setattr(configs, "pick", lambda *call: special if call[-1] else Config(32, 64, 64))
+    monkeypatch.setattr(triton_launch, "runs_gluon", lambda device: True)
+    monkeypatch.setattr(gpu, "sorts_first", lambda *_: True)
+    monkeypatch.setattr(gpu, "fused_fits", lambda *_: False)
+    for name in ("gluon_product", "gluon_hidden_grad"):
+        monkeypatch.setitem(sys.modules, f"moe_mtl.kernels.{name}", getattr(kernels, name))
+    gluon_language.launched.clear()
+    return gluon_language.launched
+
+
+NAMES = ("y", "dx", "dw1", "db1", "dw2", "db2", "dgates")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_layers(launched, activation):
+    """Both layers, and back through both, among the other kernels; ids leave slots unused and an expert empty."""
+    torch.manual_seed(0)
+    idx = torch.tensor([0, 2, 3, -1])[torch.randint(0, 4, (80, 2))]
+    leaves, idx = make(80, 40, 64, 128, 4, 2, idx=idx, dtype=torch.bfloat16)
+    plan, options = ops.plan_routing(idx, 4), {"activation": activation}
+    cotangent = torch.randn(80, 128).bfloat16()
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    oracle = differentiate(lambda ts: reference.moe_mlp(*ts, idx, **options), exact, cotangent)
+    got = differentiate(lambda ts: ops.moe_mlp(*ts, plan, backend="triton", **options), leaves, cotangent)
+    assert launched == ["product_kernel", "product_kernel", "hidden_grad_kernel", "product_kernel"]
+    for name, actual, expected in zip(NAMES, got, oracle, strict=True):
+        error = (actual.double() - expected).norm() / expected.norm()
+        assert error < 1e-2, f"{name}: error {error:.1e}"
+    with torch.no_grad():
+        inferred = ops.moe_mlp(*leaves, plan, backend="triton", **options)
+    assert torch.equal(inferred, got[0]) and len(launched) == 6
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "special"),
+    [
+        ({}, {"glu": True}, []),  # gated units
+        ({"dtype": torch.float32}, {}, []),
+        ({"d": 36}, {}, ["product_kernel", "hidden_grad_kernel"]),  # rows of x are not whole 16 bytes
+        ({"h": 72}, {}, ["product_kernel"] * 2 + ["hidden_grad_kernel"]),  # ends in a block of back through the first
+        ({"o": 72}, {}, ["product_kernel"] * 3),  # of back through the second
+    ],
+)
+def test_what_they_cannot_do_others_do(launched, sizes, options, special):
+    made = {"m": 8, "d": 64, "h": 64, "o": 64, "e": 2, "k": 1, "dtype": torch.bfloat16} | sizes
+    leaves, idx = make(**made, glu=options.get("glu", False))
+    cotangent = torch.randn(8, made["o"])
+    plan = ops.plan_routing(idx, 2)
+    got = differentiate(lambda ts: ops.moe_mlp(*ts, plan, backend="triton", **options), leaves, cotangent)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    oracle = differentiate(lambda ts: reference.moe_mlp(*ts, idx, **options), exact, cotangent)
+    for name, actual, expected in zip(NAMES, got, oracle, strict=True):
+        assert (actual.double() - expected).norm() <= 1e-2 * expected.norm(), name
+    assert launched == special
+
+
+def test_gradients_that_nobody_wants(launched):
+    """All results of `hidden_grad` or another kernel; `grouped_linear` gathers and scatters."""
+    leaves, idx = make(8, 64, 64, 64, 2, 1, dtype=torch.bfloat16)
+    plan = ops.plan_routing(idx, 2)
+    x, *others = (t.detach() for t in leaves)
+    y = ops.moe_mlp(x.requires_grad_(), *others, plan, backend="triton")
+    torch.autograd.grad(y, x, torch.ones_like(y))
+    assert launched == ["product_kernel"] * 3
+    ops.grouped_linear(x, others[0], others[1], idx[:, 0], backend="triton")
+    assert len(launched) == 3
+
+
+def test_where_they_can_run(monkeypatch):
+    launch = pytest.importorskip("moe_mtl.kernels.triton_launch")
+    a, w = torch.empty(64, 128, dtype=torch.bfloat16), torch.empty(2, 64, 128, dtype=torch.bfloat16)
+    assert not launch.warp_specializes(a, w, 64)
+    monkeypatch.setattr(configs, "chip", lambda device: (90, 132))
+    for version, known in (("3.6.0", True), ("3.7.1+git1", True), ("3.8.0", False), ("3.70.0", False)):
+        monkeypatch.setattr(launch.triton, "__version__", version)
+        assert launch.warp_specializes(a, w, 64) == known
+    monkeypatch.setattr(launch.triton, "__version__", "3.7.0")
+    assert launch.warp_specializes(a.half(), w.half(), 64) and launch.warp_specializes(a[:, :64], w, 128, True)
+    assert not launch.warp_specializes(a.float(), w.float(), 64)
+    assert not launch.warp_specializes(a[:, 1:65], w, 64)  # does not begin at whole 16 bytes
+    assert not launch.warp_specializes(a, w[:, :32], 32)  # experts that do not lie behind each other
+    assert not launch.warp_specializes(a, w, 60)
+    assert not launch.warp_specializes(a, w[:, :32].contiguous(), 128, True)  # the summed axis ends inside a block
+    many = torch.empty(2**25, 128, dtype=torch.bfloat16, device="meta")
+    assert launch.warp_specializes(many, w, 56) and not launch.warp_specializes(many, w, 64)  # 2^31 numbers
+    for arch in (0, 80, 89, 100, 120):
+        monkeypatch.setattr(configs, "chip", lambda device, arch=arch: (arch, 132))
+        assert not launch.warp_specializes(a, w, 64)
+
+
+def test_the_table_has_them_for_many_rows_alone():
+    special = [entry for entry in configs.entries() if entry.config.warp_specialized]
+    assert {entry.kernel for entry in special} == {"up", "down", "hidden_grad"}
+    for entry in special:
+        assert (entry.arch, entry.bits, entry.glu) == (configs.HOPPER, 16, False)
+        assert (entry.config.block_k, entry.config.warps, entry.config.registers) == (configs.SUMMED, 4, None)
+        call = (entry.kernel, configs.HOPPER, 16, False)
+        assert configs.pick(*call, 513, 513, True) == entry.config != configs.pick(*call, 513, 513)
+        assert not configs.pick(*call, 512, 513, True).warp_specialized
+        assert configs.pick(*call, 512, 513, True) == configs.pick(*call, 512, 513)

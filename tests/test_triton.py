@@ -6,6 +6,7 @@ the dtype, relative to the norm of the oracle.
 
 import importlib
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -559,11 +560,8 @@ def test_no_line_of_the_table_is_hidden():
     rows, widths = [0, 48, 49, 128, 129, 512, 513, 10**6], [1, 256, 257, 384, 385, 512, 513, 10**6]
     found = set()
     for line in configs.entries():
-        for glu in (False, True):
-            for r in rows:
-                for w in widths:
-                    first = next(e for e in configs.entries() if e.fits(line.kernel, line.arch, line.bits, glu, r, w))
-                    found.add(first)
+        for call in product((False, True), rows, widths, (False, True)):
+            found.add(next(e for e in configs.entries() if e.fits(line.kernel, line.arch, line.bits, *call)))
     assert found == set(configs.entries())
 
 
