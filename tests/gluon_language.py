@@ -22,6 +22,7 @@ from tests.gluon_machine import (
     Barrier,
     Buffer,
     Buffers,
+    Described,
     Fault,
     Memory,
     Pointer,
@@ -43,7 +44,8 @@ def launch(kernel: Callable, grid: tuple[int], args: tuple, constants: dict[str,
     """Stands in for `triton_launch.launch`."""
     launched.append(kernel.__name__)
     memories = {id(t): Memory(t) for t in args if isinstance(t, torch.Tensor)}
-    given = [Pointer(memories[id(t)]) if isinstance(t, torch.Tensor) else t for t in args]
+    given: list[Any] = [Pointer(memories[id(t)]) if isinstance(t, torch.Tensor) else t for t in args]
+    given = [Described(t) if isinstance(t, TensorDescriptor) else t for t in given]
     for program in range(grid[0]):
         machine.world = World(seeds.randrange(10**9), program, grid[0])
         kernel(*given, *constants.values())
@@ -91,7 +93,7 @@ def warp_barrier() -> None:
     machine.world.turn(lambda: meeting[1] > mine)
 
 
-def copy(descriptor: TensorDescriptor, at: list[int], barrier: Barrier, buffer: Buffer) -> None:
+def copy(descriptor: Described, at: list[int], barrier: Barrier, buffer: Buffer) -> None:
     machine.world.turn()
     values = descriptor.block(at)
 

@@ -10,6 +10,7 @@ import random
 import threading
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -84,13 +85,24 @@ class Pointer:
         return Pointer(self.memory, self.at + offset)
 
 
+@dataclass
 class TensorDescriptor:
-    """Of a matrix, for copies of blocks."""
+    """Of a matrix, for copies of blocks: what the host makes."""
 
-    def __init__(self, base: torch.Tensor, shape: list[int], strides: list[int], block_shape: list[int], layout: Any):
-        self.values = base.float().as_strided(shape, strides).numpy()
-        self.block_type = types.SimpleNamespace(shape=list(block_shape), nbytes=2 * int(np.prod(block_shape)))
-        self.dtype, self.layout = KINDS[base.dtype], layout
+    base: torch.Tensor
+    shape: list[int]
+    strides: list[int]
+    block_shape: list[int]
+    layout: Any
+
+
+class Described:
+    """The same, as a kernel gets it."""
+
+    def __init__(self, of: TensorDescriptor):
+        self.values = of.base.as_strided(of.shape, of.strides).float().numpy()
+        self.block_type = types.SimpleNamespace(shape=of.block_shape, nbytes=2 * int(np.prod(of.block_shape)))
+        self.dtype, self.layout = KINDS[of.base.dtype], of.layout
 
     def block(self, at: list[int]) -> np.ndarray:
         out = np.zeros(self.block_type.shape, np.float32)

@@ -5,6 +5,7 @@ A played kernel gets what a launcher gets: a grid, addresses as integers, descri
 
 import ctypes
 import importlib
+import sys
 import weakref
 from functools import partial
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_mtl.kernels import configs, dispatch, ops, reference
 from moe_mtl.kernels import plan as tables
+from tests import gluon_language
 from tests.kernel_cases import differentiate, make
 
 triton = pytest.importorskip("triton")
@@ -188,6 +190,47 @@ def test_what_decides_about_a_call(made):
         for again in range(3):
             made.clear()
             assert torch.equal(call(), full) and bool(made) == (again == 0)
+
+
+class Simulated:
+    """A warp-specialized kernel, on the machine of its tests."""
+
+    def __init__(self, kernel):
+        self.fn = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, num_warps, num_stages=3, **constants):
+            gluon_language.launch(self.fn, grid, args, constants, num_warps)
+
+        return launch
+
+
+def test_warp_specialized_kernels(made, monkeypatch):
+    """Their descriptors have a layout, and there are as many programs as processors, or fewer."""
+    kernels, launch = gluon_language.load(), users[0].launch  # that of the fixture
+    for name in ("gluon_product", "gluon_hidden_grad"):
+        module = getattr(kernels, name)
+        monkeypatch.setattr(module, "launch", lambda kernel, *rest: launch(Simulated(kernel), *rest))
+        monkeypatch.setitem(sys.modules, f"moe_mtl.kernels.{name}", module)
+    special = configs.Config(64, 64, configs.SUMMED, stages=2, epilogues=2, warp_specialized=True)
+    monkeypatch.setattr(configs, "pick", lambda *call: special if call[-1] is True else SMALL)
+    monkeypatch.setattr(configs, "chip", lambda device: (0, 3))
+    monkeypatch.setattr(launching, "runs_gluon", lambda device: True)
+    monkeypatch.setattr(gpu, "sorts_first", lambda *_: True)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        leaves, idx = make(80, 40, 64, 64, 3, 1, dtype=torch.bfloat16)
+        cotangent = torch.randn(80, 64).bfloat16()
+        got = differentiate(lambda ts: ops.moe_mlp(*ts, routed(idx, 3), backend="triton"), leaves, cotangent)
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        return got, differentiate(lambda ts: reference.moe_mlp(*ts, idx), exact, cotangent)
+
+    results = [run(0)]
+    assert made.count("product_kernel") == 3 and made.count("hidden_grad_kernel") == 1
+    for got, expected in (*results, *same(run, made)):
+        for a, b in zip(got, expected, strict=True):
+            assert (a.double() - b).norm() < 1e-2 * b.norm()
 
 
 @pytest.mark.parametrize("needed", ["x", "w1", "b1", "w2", "b2", "gates"])
