@@ -6,7 +6,8 @@
 The ops are called on tensors without data, so what is compiled is what the library would launch for these shapes, with
 the tile sizes of kernels/configs.json. Per kernel: registers, stack bytes, spills (local loads and stores), shared
 memory, tensor-core instructions. Exit code 1 where a kernel spills, does not fit or does a product without the tensor
-cores. Needs triton and its bundled assembler, no GPU; not in a process with TRITON_INTERPRET.
+cores, or where the assembler says that a warp-specialized kernel's products wait for each other. Needs triton and its
+bundled assembler, no GPU; not in a process with TRITON_INTERPRET.
 """
 
 import argparse
@@ -201,14 +202,17 @@ def compiled(launch: Launch) -> dict[str, Any]:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
     )
     done = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=dict(launch.options))
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(done.asm["cubin"])
-        file.flush()
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(done.asm["cubin"])
+        ptx.write_text(done.asm["ptx"])
         usage, code = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run([tools / "cuobjdump", option, cubin], capture_output=True, text=True, check=True).stdout
             for option in ("-res-usage", "-sass")
         )
+        again = [tools / "ptxas", "-v", f"--gpu-name=sm_{launch.arch}a", ptx, "-o", Path(folder, "again")]
+        said = subprocess.run(again, capture_output=True, text=True, check=True).stderr if launch.gluon else ""
     registers, stack = (int(v) for v in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     report = {
         "kernel": launch.name,
@@ -219,6 +223,7 @@ def compiled(launch: Launch) -> dict[str, Any]:
         "shared_kib": round(done.metadata.shared / 1024, 1),
         "tensor_core": len(re.findall(r"\b(?:HGMMA|HMMA)", code)),
         "wgmma": len(re.findall(r"\bHGMMA", code)),
+        "warnings": sorted(set(re.findall(r"\(C\d+\)[^\n]*", said))),
     }
     constants, kind = dict(launch.constants), dict(launch.signature)[names[0]]
     on_tensor_cores = "PRECISION" in constants and (kind != "*fp32" or constants["PRECISION"] == "tf32")
@@ -236,6 +241,8 @@ def faults(report: Mapping[str, Any], on_tensor_cores: bool, by_warpgroups: bool
         found.append("no tensor-core instruction")
     if by_warpgroups and not report["wgmma"]:
         found.append("no product of a warpgroup")
+    if report.get("warnings"):
+        found.append(f"the assembler warns: {'; '.join(report['warnings'])}")
     return found
 
 

@@ -71,3 +71,4 @@ def test_faults_are_found(tool):
     assert tool.faults(fine | {"tensor_core": 0}, True) == ["no tensor-core instruction"]
     assert tool.faults(fine | {"wgmma": 0}, True, True) == ["no product of a warpgroup"]
     assert tool.faults(fine | {"wgmma": 4}, True, True) == []
+    assert tool.faults(fine | {"warnings": ["(C7510) serialized"]}, True) == ["the assembler warns: (C7510) serialized"]

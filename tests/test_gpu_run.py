@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_mtl.kernels import cpu
+from moe_mtl.kernels import configs, cpu
 from tests.benchmark_modules import (
     BENCHMARKS,
     CPU,
@@ -38,6 +38,23 @@ def test_checks_pass_what_is_right(kind):
     assert report.failures == []
     assert report.cases == 12
     assert {"y", "inference y", "dx", "dw1", "db1", "dw2", "db2", "dgates", "linear dx"} <= set(report.errors)
+
+
+def test_a_line_that_nobody_uses_is_said(monkeypatch):
+    """Warp-specialized lines are for calls that can run them; a check in which none can has checked nothing."""
+    entry = next(entry for entry in configs.entries() if entry.config.warp_specialized)
+    used = []
+
+    def check_mlp(case, kind, device, backend):
+        used.append(configs.pick(entry.kernel, 90, 16, False, 1000, 512, able))
+        return Report(cases=1)
+
+    monkeypatch.setattr(checks, "check_mlp", check_mlp)
+    for able in (True, False):
+        report = checks.check_config(entry, CPU)
+        assert report.cases == 3 and len(report.failures) == 3 * (not able)
+    assert used[:3] == [entry.config] * 3 and not any(config.warp_specialized for config in used[3:])
+    assert report.failures[0].startswith("up Config(") and report.failures[0].endswith("no call could run it")
 
 
 @pytest.mark.parametrize("index, name", list(enumerate(["dx", "dw1", "db1", "dw2", "db2", "dgates"])))

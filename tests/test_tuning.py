@@ -196,6 +196,12 @@ for other in (
     code(Config(64, 64, 32)), code(Config(64, 64, 64, warps=8)), code(Config(64, 64, 64, registers=128)),
 ):
     assert other != code(), other
+special = dict(block_m=128, block_n=128, block_k=64, stages=4, epilogues=4, warp_specialized=True)
+for place in (0, 1, 2, 3):
+    own = code(Config(**special), place)
+    assert own == code(Config(**special), place, tokens=400, experts=8) != code(place=place)
+    for name, value in (("stages", 3), ("epilogues", 2), ("group", 16), ("block_m", 64)):
+        assert code(Config(**special | {name: value}), place) != own, name
 assert tune.code_of(Shape("a layer", 512, 128, 128, 4, 2), "bf16", 0, Config(64, 64, 64), (80, 108)) != code(), "chip"
 print("told apart")
 """
