@@ -3,17 +3,15 @@
 da = w2[e]^T dy of the row; dz = p da act'(z); p h with h = act(z); parts = sums of da h over a tile's columns.
 
 On top of `gluon_ring`, each consumer has a buffer for its tile of z, which the copy engine fills while products run; dz
-takes its place there on the way out. Barriers, count 1 each:
+takes its place there on the way out, a part after the other. Barriers, count 1 each:
 
     z_ready[c]   the producer's `expect` and the bytes of the tile: before the u-th tile of consumer c, wait(u & 1)
-    z_empty[c]   the consumer, when dz has left the buffer;         before the producer's u-th use, wait((u & 1) ^ 1)
+    z_empty[c]   the consumer when it begins its u-th tile, dz of the one before having left: before use u, wait(u & 1)
 
 The producer asks for z behind block STAGES of the same tile, behind the last where there are fewer. By then the
-consumer has handed back the tile's first slot, so it is done with its last epilogue, and the buffer is free without
-waiting. Nobody waits forever: the end of use u - 1 takes nothing but the epilogue of that tile, whose blocks and z the
+consumer has handed back the tile's first slot, so it has begun with the tile, and the buffer is free without waiting.
+Nobody waits forever: to begin with a tile takes nothing but the end of the consumer's last one, whose blocks and z the
 producer has asked for before.
-
-Registers limit the epilogue: it takes 64 rows and PART columns at a time, and its addresses are 32 bits.
 """
 
 import torch
@@ -29,12 +27,14 @@ from moe_mtl.kernels.gluon_ring import (
     counted,
     described,
     grouped_order,
+    held_back,
     live_tiles,
+    look_up,
     multiply,
+    parts_of,
     product_layout,
     row_layout,
-    split_columns,
-    split_rows,
+    shifted,
     warp_barrier,
 )
 from moe_mtl.kernels.triton_launch import cdiv, launch
@@ -46,6 +46,8 @@ def hidden_grad_kernel(
     dys_desc,
     w_desc,
     z_desc,
+    dz_desc,
+    ph_desc,
     gates,
     order,
     offsets,
@@ -72,8 +74,14 @@ def hidden_grad_kernel(
     dtype: gl.constexpr = dys_desc.dtype
     a_bufs = gl.allocate_shared_memory(dtype, [STAGES] + dys_desc.block_type.shape, dys_desc.layout)  # noqa: RUF005
     w_bufs = gl.allocate_shared_memory(dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)  # noqa: RUF005
-    z_bufs = gl.allocate_shared_memory(dtype, [2 * PARTS] + z_desc.block_type.shape, z_desc.layout)  # noqa: RUF005
-    ph_bufs = gl.allocate_shared_memory(dtype, [2] + z_desc.block_type.shape, z_desc.layout)  # noqa: RUF005
+    z_bufs = (  # each an allocation of its own: the compiler puts barriers between uses of one
+        gl.allocate_shared_memory(dtype, [PARTS] + z_desc.block_type.shape, z_desc.layout),  # noqa: RUF005
+        gl.allocate_shared_memory(dtype, [PARTS] + z_desc.block_type.shape, z_desc.layout),  # noqa: RUF005
+    )
+    ph_bufs = (
+        gl.allocate_shared_memory(dtype, ph_desc.block_type.shape, ph_desc.layout),
+        gl.allocate_shared_memory(dtype, ph_desc.block_type.shape, ph_desc.layout),
+    )
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -94,7 +102,7 @@ def hidden_grad_kernel(
     ring = (a_bufs, w_bufs, ready, empty, turn)
     zs = (z_bufs, z_ready, z_empty)
     walk = (tiles, row_tiles, col_tiles, steps)
-    outs = (gates, order, dz, ph, parts, ph_bufs, hidden, slots)
+    outs = (gates, order, dz, ph, dz_desc, ph_desc, parts, ph_bufs, hidden, slots)
     gl.warp_specialize(
         [
             (_consume, (0, ring, zs, walk, outs, ACTIVATION, EVEN_N, GROUP, BLOCK_M, BLOCK_N, PART)),
@@ -129,11 +137,9 @@ def _produce(
     BYTES: gl.constexpr = dys_desc.block_type.nbytes + w_desc.block_type.nbytes
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
-    # z is asked for behind this block: if that is block STAGES or a later one, the consumer has begun with this very
-    # tile, since it has handed back the slot of its first block, so it is done with its last epilogue
-    z_step = gl.minimum(steps - 1, STAGES)
+    z_step = gl.minimum(steps - 1, STAGES)  # z is asked for behind this block
     me = gl.to_tensor(0)
-    z_phase = gl.to_tensor(1)
+    z_phase = gl.to_tensor(0)
     for number in range(gl.program_id(0), row_tiles * col_tiles, gl.num_programs(0)):
         tile, column = grouped_order(number, row_tiles, col_tiles, GROUP)
         expert = gl.load(tiles + 3 * tile)
@@ -155,7 +161,10 @@ def _produce(
                 mbarrier.expect(z_bar, PARTS * z_desc.block_type.nbytes)
                 for i in gl.static_range(PARTS):
                     place = [first, column * BLOCK_N + i * PART]
-                    tma.async_copy_global_to_shared(z_desc, place, z_bar, z_bufs.index(me * PARTS + i))
+                    if me == 0:
+                        tma.async_copy_global_to_shared(z_desc, place, z_bar, z_bufs[0].index(i))
+                    else:
+                        tma.async_copy_global_to_shared(z_desc, place, z_bar, z_bufs[1].index(i))
         z_phase = gl.where(me == 1, z_phase ^ 1, z_phase)
         me ^= 1
 
@@ -176,71 +185,65 @@ def _consume(
 ):
     """Every other tile."""
     z_bufs, z_ready, z_empty = zs
-    tiles, row_tiles, col_tiles, steps = walk
-    gates, order, dz, ph, parts, ph_bufs, hidden, slots = outs
+    _, row_tiles, col_tiles, steps = walk
+    gates, order, dz, ph, dz_desc, ph_desc, parts, ph_bufs, hidden, slots = outs
     PARTS: gl.constexpr = BLOCK_N // PART
-    HALVES: gl.constexpr = BLOCK_M // 64
     part_layout: gl.constexpr = product_layout(PART)
     layout: gl.constexpr = row_layout(PART)
-    programs = gl.num_programs(0)
+    programs, total = gl.num_programs(0), row_tiles * col_tiles
     block = ME * steps
-    turn_phase = gl.to_tensor(1 - ME)
-    z_phase = gl.to_tensor(0)
-    for number in range(gl.program_id(0) + ME * programs, row_tiles * col_tiles, 2 * programs):
-        tile, column = grouped_order(number, row_tiles, col_tiles, GROUP)
-        first = gl.load(tiles + 3 * tile + 1)
-        end = gl.load(tiles + 3 * tile + 2)
-        summed = gl.arange(0, 64, layout=gl.SliceLayout(1, part_layout))
-        gate = ()
-        for r in gl.static_range(HALVES):
-            place = first + r * 64 + summed
-            gate += (gl.load(gates + gl.load(order + gl.where(place < end, place, first))).to(gl.float32),)
-        acc = multiply(ring, block, steps, turn_phase, ME, BLOCK_M, BLOCK_N, True)
-        block += 2 * steps
-        turn_phase ^= 1
-        halves = split_rows(acc, HALVES)
-        rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-        cols = column * BLOCK_N + gl.arange(0, PART, layout=gl.SliceLayout(0, layout))
-        at = rows[:, None] * hidden + cols[None, :]
-        mbarrier.wait(z_ready.index(ME), z_phase)
-        z_phase ^= 1
-        z_first = ME * PARTS
-        for r in gl.static_range(HALVES):
-            accs = split_columns(halves[r], PARTS)
-            total = gl.zeros([64], gl.float32, gl.SliceLayout(1, part_layout))
-            below = at + (r * 64) * hidden
-            live = (rows + r * 64 < end)[:, None]
-            ph_buf = ph_bufs.index(ME).slice(r * 64, 64, dim=0)
-            for i in gl.static_range(PARTS):
-                z_buf = z_bufs.index(z_first + i).slice(r * 64, 64, dim=0)
-                keep = live
-                if not EVEN_N:
-                    keep = keep & (cols < hidden - i * PART)[None, :]
-                dz_at, ph_at = dz + below + i * PART, ph + below + i * PART
-                total += _finish(accs[i], z_buf, ph_buf, gate[r], dz_at, ph_at, keep, ACTIVATION, PART)
-            place = first + r * 64 + summed
-            gl.store(parts + column * slots + place, total, mask=place < end)
-        fence_async_shared()
+    phase = gl.to_tensor(0)  # of z; of the turns too, but that consumer 0 begins
+    below = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, part_layout))
+    begin = gl.program_id(0) + ME * programs
+    _, first, end, column = look_up(begin, walk, GROUP)
+    # rows past the segment repeat its first: their results are never stored
+    slots_of_rows = gl.load(order + gl.where(first + below < end, first + below, first))
+    for number in range(begin, total, 2 * programs):
+        tma.store_wait(pendings=0)
         warp_barrier()
         mbarrier.arrive(z_empty.index(ME), count=1)
-
-
-@gluon.jit
-def _finish(da, z_buf, ph_buf, gate, dz_at, ph_at, keep, ACTIVATION: gl.constexpr, PART: gl.constexpr):
-    """Stores a part of a tile, 64 rows by PART columns, through its z and a buffer; sums of its rows for the gates.
-
-    Columns past the width: the engine's zeros in place of z, so act is 0.
-    """
-    part_layout: gl.constexpr = product_layout(PART)
-    layout: gl.constexpr = row_layout(PART)
-    da = gl.convert_layout(da, part_layout)
-    act, slope = activate_and_derive(z_buf.load(part_layout).to(gl.float32), ACTIVATION, False)
-    sums = gl.sum(da * act, 1)
-    ph_buf.store((gate[:, None] * act).to(ph_at.dtype.element_ty))
-    z_buf.store((gate[:, None] * da * slope).to(dz_at.dtype.element_ty))
-    gl.store(dz_at, z_buf.load(layout), mask=keep)
-    gl.store(ph_at, ph_buf.load(layout), mask=keep)
-    return sums
+        # what a tile needs is looked up a step of the chain at a time, with work between
+        gate = gl.load(gates + slots_of_rows)
+        _, next_first, next_end, next_column = look_up(number + 2 * programs, walk, GROUP)
+        acc = multiply(ring, block, steps, phase ^ (1 - ME), ME, BLOCK_M, BLOCK_N, True)
+        block += 2 * steps
+        left = column * BLOCK_N
+        factor = gate.to(gl.float32)[:, None]
+        das = parts_of(acc, PARTS, PART)
+        sums = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, part_layout))
+        whole = first + BLOCK_M <= end
+        mbarrier.wait(z_ready.index(ME), phase)
+        phase ^= 1
+        for i in range(held_back(gl.to_tensor(PARTS))):
+            z_buf, ph_buf = z_bufs[ME].index(i), ph_bufs[ME]
+            da = das[0]
+            das = shifted(das)
+            # past the width z is the engine's zeros, and so is act
+            act, slope = activate_and_derive(z_buf.load(part_layout).to(gl.float32), ACTIVATION, False)
+            sums += gl.sum(da * act, 1)
+            tma.store_wait(pendings=0)
+            warp_barrier()
+            ph_buf.store((factor * act).to(ph.dtype.element_ty))
+            z_buf.store((factor * da * slope).to(dz.dtype.element_ty))
+            fence_async_shared()
+            warp_barrier()
+            if whole:
+                tma.async_copy_shared_to_global(ph_desc, [first, left + i * PART], ph_buf)
+                tma.async_copy_shared_to_global(dz_desc, [first, left + i * PART], z_buf)
+            else:
+                rows = held_back(first) + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
+                cols = left + i * PART + gl.arange(0, PART, layout=gl.SliceLayout(0, layout))
+                keep = (rows < end)[:, None]
+                if not EVEN_N:
+                    keep = keep & (cols < hidden)[None, :]
+                at = rows.to(gl.int64)[:, None] * hidden + cols[None, :]
+                gl.store(ph + at, ph_buf.load(layout), mask=keep)
+                gl.store(dz + at, z_buf.load(layout), mask=keep)
+                fence_async_shared()
+        slots_of_rows = gl.load(order + gl.where(next_first + below < next_end, next_first + below, next_first))
+        gl.store(parts + column * slots + first + below, sums, mask=first + below < end)
+        first, end, column = next_first, next_end, next_column
+    tma.store_wait(pendings=0)
 
 
 def hidden_grad(
@@ -273,7 +276,7 @@ def hidden_grad(
     """
     rows, (experts, out_dim, hidden) = z.shape[0], w2.shape
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    columns = cdiv(hidden, block_n)
+    columns, part = cdiv(hidden, block_n), block_n // config.epilogues
     dz, ph = dys.new_empty(rows, hidden), dys.new_empty(rows, hidden)
     parts = dys.new_empty(columns, rows, dtype=torch.float32)
     launch(
@@ -282,7 +285,7 @@ def hidden_grad(
         (
             described(dys, block_m, block_k),
             described(w2, block_k, block_n),
-            described(z, block_m, block_n // config.epilogues),
+            *(described(t, block_m, part) for t in (z, dz, ph)),
             *(gates, order, offsets, tiles, dz, ph, parts, experts, out_dim, hidden, rows),
         ),
         {

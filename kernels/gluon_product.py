@@ -4,9 +4,7 @@
     second layer     y = h w2^T + b2
     input gradient   dx = dz w1                     TRANSPOSED
 
-See `gluon_ring` for the partitions and their barriers. A tile leaves through a buffer of its consumer, PART columns at
-a time: written as products lie in registers, read and stored as whole rows of 16 bytes a thread up to the segment's
-end.
+See `gluon_ring` for the partitions, their barriers and the way out.
 """
 
 from torch import Tensor
@@ -21,11 +19,15 @@ from moe_mtl.kernels.gluon_ring import (
     counted,
     described,
     grouped_order,
+    held_back,
     live_tiles,
+    look_up,
     multiply,
+    parts_of,
     product_layout,
     row_layout,
-    split_columns,
+    shifted,
+    warp_barrier,
 )
 from moe_mtl.kernels.triton_launch import cdiv, launch
 from moe_mtl.kernels.triton_math import activate
@@ -35,6 +37,8 @@ from moe_mtl.kernels.triton_math import activate
 def product_kernel(
     a_desc,
     w_desc,
+    z_desc,
+    h_desc,
     b,
     offsets,
     tiles,
@@ -52,18 +56,25 @@ def product_kernel(
     EXPERTS: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
-    PART: gl.constexpr,
 ):
-    """All tiles of a program. Blocks are those of the descriptors; w_rows: rows of an expert in that of the weights."""
+    """All tiles of a program. Blocks are those of the descriptors, parts those of h; w_rows: rows of w of an expert."""
     BLOCK_M: gl.constexpr = a_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = a_desc.block_type.shape[1]
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[1] if TRANSPOSED else w_desc.block_type.shape[0]
     dtype: gl.constexpr = a_desc.dtype
-    OUTPUTS: gl.constexpr = 2 if STORE_Z else 1
+    PART: gl.constexpr = h_desc.block_type.shape[1]
     a_bufs = gl.allocate_shared_memory(dtype, [STAGES] + a_desc.block_type.shape, a_desc.layout)  # noqa: RUF005
     w_bufs = gl.allocate_shared_memory(dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)  # noqa: RUF005
-    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, PART], dtype)
-    out_bufs = gl.allocate_shared_memory(dtype, [2 * OUTPUTS, BLOCK_M, PART], out_layout)
+    h_bufs = (  # each an allocation of its own: the compiler puts barriers between uses of one
+        gl.allocate_shared_memory(dtype, h_desc.block_type.shape, h_desc.layout),
+        gl.allocate_shared_memory(dtype, h_desc.block_type.shape, h_desc.layout),
+    )
+    z_bufs = h_bufs
+    if STORE_Z:
+        z_bufs = (
+            gl.allocate_shared_memory(dtype, z_desc.block_type.shape, z_desc.layout),
+            gl.allocate_shared_memory(dtype, z_desc.block_type.shape, z_desc.layout),
+        )
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -79,7 +90,7 @@ def product_kernel(
     steps = gl.cdiv(inner, BLOCK_K)
     ring = (a_bufs, w_bufs, ready, empty, turn)
     walk = (tiles, row_tiles, col_tiles, steps)
-    outs = (b, z, h, out_bufs, width)
+    outs = (b, z, h, z_desc, h_desc, z_bufs, h_bufs, width)
     gl.warp_specialize(
         [
             (
@@ -153,26 +164,23 @@ def _consume(
     PART: gl.constexpr,
 ):
     """Every other tile."""
-    tiles, row_tiles, col_tiles, steps = walk
-    OUTPUTS: gl.constexpr = 2 if STORE_Z else 1
-    out_bufs = outs[3]
-    programs = gl.num_programs(0)
+    _, row_tiles, col_tiles, steps = walk
+    programs, total = gl.num_programs(0), row_tiles * col_tiles
     block = ME * steps
     turn_phase = gl.to_tensor(1 - ME)
-    h_buf = out_bufs.index(ME * OUTPUTS)
-    z_buf = out_bufs.index(ME * OUTPUTS + OUTPUTS - 1)
-    for number in range(gl.program_id(0) + ME * programs, row_tiles * col_tiles, 2 * programs):
-        tile, column = grouped_order(number, row_tiles, col_tiles, GROUP)
-        expert = gl.load(tiles + 3 * tile)
-        first = gl.load(tiles + 3 * tile + 1)
-        end = gl.load(tiles + 3 * tile + 2)
+    begin = gl.program_id(0) + ME * programs
+    expert, first, end, column = look_up(begin, walk, GROUP)
+    for number in range(begin, total, 2 * programs):
         acc = multiply(ring, block, steps, turn_phase, ME, BLOCK_M, BLOCK_N, TRANSPOSED)
+        next_expert, next_first, next_end, next_column = look_up(number + 2 * programs, walk, GROUP)
         block += 2 * steps
         turn_phase ^= 1
         _finish(
-            acc, expert, first, end, column, outs, z_buf, h_buf,
-            BIAS, ACTIVATION, STORE_Z, EVEN_N, BLOCK_M, BLOCK_N, PART,
+            acc, expert, first, end, column * BLOCK_N, outs,
+            ME, BIAS, ACTIVATION, STORE_Z, EVEN_N, BLOCK_M, BLOCK_N, PART,
         )  # fmt: skip
+        expert, first, end, column = next_expert, next_first, next_end, next_column
+    tma.store_wait(pendings=0)
 
 
 @gluon.jit
@@ -181,10 +189,9 @@ def _finish(
     expert,
     first,
     end,
-    column,
+    left,
     outs,
-    z_buf,
-    h_buf,
+    ME: gl.constexpr,
     BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     STORE_Z: gl.constexpr,
@@ -193,36 +200,49 @@ def _finish(
     BLOCK_N: gl.constexpr,
     PART: gl.constexpr,
 ):
-    """Bias, activation and stores of a tile."""
-    b, z, h, _, width = outs
+    """Bias, activation and stores of a tile, part after part."""
+    b, z, h, z_desc, h_desc, z_bufs, h_bufs, width = outs
     PARTS: gl.constexpr = BLOCK_N // PART
-    part_layout: gl.constexpr = product_layout(PART)
     layout: gl.constexpr = row_layout(PART)
-    accs = split_columns(acc, PARTS)
-    rows = first + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
-    live = (rows < end)[:, None]
-    cols = column * BLOCK_N + gl.arange(0, PART, layout=gl.SliceLayout(0, layout))
-    at = rows[:, None] * width + cols[None, :]  # 32 bits, which saves registers; see `warp_specializes`
-    for i in gl.static_range(PARTS):
-        y = gl.convert_layout(accs[i], part_layout)
+    z_buf, h_buf = z_bufs[ME], h_bufs[ME]
+    parts = parts_of(acc, PARTS, PART)
+    whole = first + BLOCK_M <= end
+    ns = left + gl.arange(0, PART, layout=gl.SliceLayout(0, product_layout(PART)))
+    if BIAS:
+        b_at = b + expert * width
+        bias = gl.load(b_at + ns, mask=ns < width, other=0.0)
+    for i in range(held_back(gl.to_tensor(PARTS))):
+        y = parts[0]
+        parts = shifted(parts)
         if BIAS:
-            ns = column * BLOCK_N + i * PART + gl.arange(0, PART, layout=gl.SliceLayout(0, part_layout))
-            if EVEN_N:
-                bias = gl.load(b + expert * width + ns)
-            else:
-                bias = gl.load(b + expert * width + ns, mask=ns < width, other=0.0)
             y += bias.to(gl.float32)[None, :]
-        if STORE_Z:
-            z_buf.store(y.to(z.dtype.element_ty))
+            ahead = ns + (i + 1) * PART
+            bias = gl.load(b_at + ahead, mask=ahead < width, other=0.0)
+        rounded = y.to(h.dtype.element_ty)
         if ACTIVATION is not None:
             y = activate(y, ACTIVATION, False)
-        h_buf.store(y.to(h.dtype.element_ty))
-        keep = live
-        if not EVEN_N:
-            keep = keep & (cols < width - i * PART)[None, :]
+        tma.store_wait(pendings=0)
+        warp_barrier()
         if STORE_Z:
-            gl.store(z + at + i * PART, z_buf.load(layout), mask=keep)
-        gl.store(h + at + i * PART, h_buf.load(layout), mask=keep)
+            z_buf.store(rounded)
+        h_buf.store(y.to(h.dtype.element_ty))
+        if whole:
+            fence_async_shared()
+            warp_barrier()
+            if STORE_Z:
+                tma.async_copy_shared_to_global(z_desc, [first, left + i * PART], z_buf)
+            tma.async_copy_shared_to_global(h_desc, [first, left + i * PART], h_buf)
+        else:
+            warp_barrier()
+            rows = held_back(first) + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
+            cols = left + i * PART + gl.arange(0, PART, layout=gl.SliceLayout(0, layout))
+            keep = (rows < end)[:, None]
+            if not EVEN_N:
+                keep = keep & (cols < width)[None, :]
+            at = rows.to(gl.int64)[:, None] * width + cols[None, :]
+            if STORE_Z:
+                gl.store(z + at, z_buf.load(layout), mask=keep)
+            gl.store(h + at, h_buf.load(layout), mask=keep)
 
 
 def _launch(
@@ -243,13 +263,16 @@ def _launch(
     experts, w_rows, w_cols = w.shape
     width, inner = (w_cols, w_rows) if transposed else (w_rows, w_cols)
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    z_or_h, part = h if z is None else z, block_n // config.epilogues
     launch(
         product_kernel,
         (min(processors, tiles.shape[0] * cdiv(width, block_n)),),
         (
             described(a, block_m, block_k),
             described(w, *((block_k, block_n) if transposed else (block_n, block_k))),
-            *(b, offsets, tiles, h if z is None else z, h, experts, inner, width, w_rows),
+            described(z_or_h, block_m, part),
+            described(h, block_m, part),
+            *(b, offsets, tiles, z_or_h, h, experts, inner, width, w_rows),
         ),
         {
             "BIAS": b is not None,
@@ -260,7 +283,6 @@ def _launch(
             "EXPERTS": counted(experts),
             "STAGES": config.stages,
             "GROUP": config.group,
-            "PART": block_n // config.epilogues,
         },
         config.warps,
     )

@@ -42,6 +42,15 @@ Every `arrive` stands behind a barrier of the partition's warps. One thread arri
 first warp could hand a slot back while another still reads it, or still waits for the phase that is about to be
 overtaken. Reads of registers from shared memory are followed by `fence_async_shared` before the copy engine may write
 there; products and the copy engine need no fence between them.
+
+The way out. A tile leaves in parts of its columns, through a buffer of its consumer: written as products lie in
+registers, then taken by the copy engine, which neither computes addresses nor waits. A tile that ends with its expert's
+rows, inside, is stored by the threads instead, row by row. Two rules: between writing and asking the engine, a fence
+and a barrier of the warps; before writing again, `store_wait`, which only the thread that asked knows the end of, and a
+barrier. Nobody may end before the engine has read all buffers.
+
+A loop over the parts is a loop in the code too (`shifted`): unrolled, the code of two consumers does not fit the
+processor's cache of instructions, and all of it takes up to 1.4 times as long.
 """
 
 from functools import cache
@@ -112,12 +121,42 @@ def split_columns(x, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def split_rows(x, HALVES: gl.constexpr):
-    """The rows in 1 or 2 halves, from the top."""
-    if HALVES == 1:
-        return (x,)
-    else:  # noqa: RET505 (a constant decides what is compiled)
-        return x.reshape(2, x.shape[0] // 2, x.shape[1]).permute(1, 2, 0).split()
+def parts_of(acc, PARTS: gl.constexpr, PART: gl.constexpr):
+    """A tile's sums in equal parts of PART columns, from left to right, each laid out as so many columns of products."""
+    pieces = split_columns(acc, PARTS)
+    layout: gl.constexpr = product_layout(PART)
+    parts = ()
+    for i in gl.static_range(PARTS):
+        parts += (gl.convert_layout(pieces[i], layout),)
+    return parts
+
+
+@gluon.jit
+def shifted(parts):
+    """Without the first, the last one twice: for a loop over parts that takes the first one each time."""
+    rest = ()
+    for i in gl.static_range(1, len(parts)):
+        rest += (parts[i],)
+    return rest + (parts[len(parts) - 1],)  # noqa: RUF005 (the language has no such thing)
+
+
+@gluon.jit
+def held_back(x):
+    """x, of which the compiler knows nothing: a loop with so many rounds is not unrolled, and what is made of x inside
+    a loop is not made before it, where it would take registers all the time."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
+
+
+@gluon.jit
+def look_up(number, walk, GROUP: gl.constexpr):
+    """Expert, first row, the row after the last, and column of a tile; those of the last tile where there are no more.
+
+    Without any tile, the first line of the table.
+    """
+    tiles, row_tiles, col_tiles, _ = walk
+    number = gl.maximum(gl.minimum(number, row_tiles * col_tiles - 1), 0)
+    tile, column = grouped_order(number, gl.maximum(row_tiles, 1), col_tiles, GROUP)
+    return gl.load(tiles + 3 * tile), gl.load(tiles + 3 * tile + 1), gl.load(tiles + 3 * tile + 2), column
 
 
 @gluon.jit

@@ -75,7 +75,7 @@ def activate(z, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
             y = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
         else:
             tail, _ = _tail(z)
-            y = tl.maximum(z, 0.0) - tl.minimum(tl.abs(z), 64.0) * tail  # infinity times no tail is not a number
+            y = 0.5 * z + tl.abs(z) * (0.5 - tail)
     elif ACTIVATION == "silu":
         y = z * _sigmoid(z, EXACT)
     else:
@@ -94,8 +94,10 @@ def activate_and_derive(z, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
             y = z * below
         else:
             tail, density = _tail(z)
-            below = tl.where(z < 0, tail, 1.0 - tail)
-            y = z * below
+            half = 0.5 - tail
+            sign = z.to(tl.int32, bitcast=True) & -2147483648
+            below = 0.5 + (half.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+            y = 0.5 * z + tl.abs(z) * half
         slope = below + (0.3989422804014327 * z) * density
     elif ACTIVATION == "silu":
         s = _sigmoid(z, EXACT)

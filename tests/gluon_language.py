@@ -45,7 +45,7 @@ def launch(kernel: Callable, grid: tuple[int], args: tuple, constants: dict[str,
     launched.append(kernel.__name__)
     memories = {id(t): Memory(t) for t in args if isinstance(t, torch.Tensor)}
     given: list[Any] = [Pointer(memories[id(t)]) if isinstance(t, torch.Tensor) else t for t in args]
-    given = [Described(t) if isinstance(t, TensorDescriptor) else t for t in given]
+    given = [Described(t, memories.get(id(t.base))) if isinstance(t, TensorDescriptor) else t for t in given]
     for program in range(grid[0]):
         machine.world = World(seeds.randrange(10**9), program, grid[0])
         kernel(*given, *constants.values())
@@ -110,6 +110,32 @@ def copy(descriptor: Described, at: list[int], barrier: Barrier, buffer: Buffer)
     machine.world.copies.append(done)
 
 
+def copy_out(descriptor: Described, at: list[int], buffer: Buffer) -> None:
+    machine.world.turn()
+    warp = machine.here.warp
+    if warp.number != 1:
+        return
+    buffer.readers += 1
+    read = [False]
+    warp.asked.append(read)
+
+    def done() -> None:
+        if not buffer.known.all():
+            raise Fault("copied out before it was written")
+        descriptor.put(at, buffer.data)
+        buffer.readers -= 1
+        read[0] = True
+
+    machine.world.copies.append(done)
+
+
+def store_wait(pendings: int) -> None:
+    """Until at most so many copies out of buffers are unread, of those that this warp has asked for."""
+    asked = machine.here.warp.asked
+    earlier = asked[: len(asked) - pendings]
+    machine.world.turn(lambda: all(read for (read,) in earlier))
+
+
 def product(a: Buffer, w: Buffer, acc: Any, use_acc: bool, is_async: bool) -> Accumulator:
     machine.world.turn()
     acc = acc if isinstance(acc, Accumulator) else Accumulator(acc)
@@ -139,9 +165,9 @@ def product_wait(pending: int, deps: tuple[Accumulator]) -> Any:
 def specialize(partitions: list[tuple[Callable, tuple]], warps: list[int], registers: list[int]) -> None:
     """A partition of one warp has no shadows."""
     machine.world.run([
-        Warp(function, args, number, shadow > 0, slow=machine.world.random.random() < 0.25)
+        Warp(function, args, number, warp, slow=machine.world.random.random() < 0.25)
         for number, ((function, args), count) in enumerate(zip(partitions, (WARPS, *warps), strict=True))
-        for shadow in range(count)
+        for warp in range(count)
     ])  # fmt: skip
 
 
@@ -153,8 +179,13 @@ def minimum(x: Any, y: Any) -> Any:
     return np.minimum(x, y).view(T) if np.ndim(x) or np.ndim(y) else min(x, y)
 
 
-def assembly(text: str, constraints: str, args: list[T], kind: str, pure: bool, pack: int) -> T:
-    return {"ex2": np.exp2, "rcp": np.reciprocal}[text[:3]](args[0]).view(T)
+def assembly(text: str, constraints: str, args: list[Any], kind: str, pure: bool, pack: int) -> Any:
+    (x,) = args
+    return x if text.startswith("mov") else {"ex2": np.exp2, "rcp": np.reciprocal}[text[:3]](x).view(T)
+
+
+def allocate(kind: str, shape: list[int], layout: Any) -> Any:
+    return Buffer(shape) if len(shape) == 2 and layout != "barriers" else Buffers(shape, layout == "barriers")
 
 
 def same(x: Any = None, *_: Any) -> Any:
@@ -173,7 +204,7 @@ LANGUAGE = types.SimpleNamespace(
     constexpr=same, constexpr_function=same, convert_layout=same, to_tensor=same, static_range=range,
     static_assert=nothing, BlockedLayout=nothing, SliceLayout=nothing, NVMMADistributedLayout=nothing,
     NVMMASharedLayout=types.SimpleNamespace(get_default_for=nothing), barrier=warp_barrier, warp_specialize=specialize,
-    allocate_shared_memory=lambda kind, shape, layout: Buffers(shape, layout == "barriers"), num_warps=lambda: WARPS,
+    allocate_shared_memory=allocate, num_warps=lambda: WARPS,
     arange=lambda a, b, layout=None: np.arange(a, b).view(T), load=load_from, store=store_to, where=where,
     zeros=lambda shape, kind, layout: np.zeros(shape, np.float32).view(T), minimum=minimum, maximum=np.maximum,
     abs=np.abs, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b), inline_asm_elementwise=assembly,
@@ -182,7 +213,9 @@ LANGUAGE = types.SimpleNamespace(
 )  # fmt: skip
 HOPPER = types.SimpleNamespace(
     fence_async_shared=nothing, warpgroup_mma=product, warpgroup_mma_wait=product_wait,
-    tma=types.SimpleNamespace(async_copy_global_to_shared=copy),
+    tma=types.SimpleNamespace(
+        async_copy_global_to_shared=copy, async_copy_shared_to_global=copy_out, store_wait=store_wait
+    ),
     mbarrier=types.SimpleNamespace(
         init=init, wait=wait, arrive=arrive, expect=lambda barrier, nbytes: arrive(barrier, 1, nbytes),
         MBarrierLayout=lambda: "barriers",

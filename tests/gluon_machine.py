@@ -3,7 +3,7 @@
 Barriers have phases, counts and bytes; a copy engine completes copies in any order and at any time; products read their
 operands as late as the wait for them allows; warps advance in random order. Three of the four warps of a consumer are
 "shadows" of the first: they wait and meet at barriers as it does, but neither arrive nor write, which is what Triton
-makes of one call by four warps.
+makes of one call by four warps. It is a shadow that asks the engine to copy out of a buffer, and knows when it has.
 """
 
 import random
@@ -29,7 +29,9 @@ class Fault(Exception):
 class T(np.ndarray):
     """A tensor of the language. Bfloat16 is kept in float32."""
 
-    def to(self, kind: str) -> "T":
+    def to(self, kind: str, bitcast: bool = False) -> "T":
+        if bitcast:
+            return self.view({"fp32": np.float32, "i32": np.int32}[kind]).view(T)
         if kind == "bf16":
             bits = np.ascontiguousarray(self, np.float32).view(np.uint32)
             return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32).view(T)
@@ -97,9 +99,10 @@ class TensorDescriptor:
 
 
 class Described:
-    """The same, as a kernel gets it."""
+    """The same, as a kernel gets it; the memory is that of the tensor where the kernel writes."""
 
-    def __init__(self, of: TensorDescriptor):
+    def __init__(self, of: TensorDescriptor, memory: Memory | None):
+        self.memory, self.width = memory, of.strides[0]
         self.values = of.base.as_strided(of.shape, of.strides).float().numpy()
         self.block_type = types.SimpleNamespace(shape=of.block_shape, nbytes=2 * int(np.prod(of.block_shape)))
         self.dtype, self.layout = KINDS[of.base.dtype], of.layout
@@ -110,6 +113,11 @@ class Described:
         part = self.values[rows, columns]
         out[: part.shape[0], : part.shape[1]] = part
         return out
+
+    def put(self, at: list[int], block: np.ndarray) -> None:
+        """What lies outside is not written."""
+        rows, columns = (np.arange(a, min(a + n, end)) for a, n, end in zip(at, block.shape, self.values.shape))
+        self.memory.store(rows[:, None] * self.width + columns, block[: len(rows), : len(columns)], None)
 
 
 # ---- shared memory ---------------------------------------------------------------------------------------------------
@@ -135,16 +143,12 @@ class Barrier:
 class Buffers:
     """Buffers, or barriers, one behind the other."""
 
-    def __init__(self, shape: list[int], barriers: bool):
+    def __init__(self, shape: list[int], barriers: bool = False):
         self.type = types.SimpleNamespace(shape=list(shape))
-        self.each = [Barrier() if barriers else Buffer(*_fresh(shape[1:])) for _ in range(shape[0])]
+        self.each = [Barrier() if barriers else Buffer(shape[1:]) for _ in range(shape[0])]
 
     def index(self, i: int) -> Any:
         return self.each[i]
-
-
-def _fresh(shape: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    return np.full(shape, np.nan, np.float32), np.zeros(shape, bool)
 
 
 class Buffer:
@@ -152,21 +156,19 @@ class Buffer:
 
     Attributes:
         known: where something was written or copied.
-        readers: products that read it.
+        readers: products and copies that read it.
         fresh: copied into, and not read since.
         version: how many copies it has taken.
     """
 
-    def __init__(self, data: np.ndarray, known: np.ndarray, root: "Buffer | None" = None):
-        self.data, self.known, self.root = data, known, root or self
+    def __init__(self, shape: list[int]):
+        self.data, self.known, self.root = np.full(shape, np.nan, np.float32), np.zeros(shape, bool), self
         self.readers, self.fresh, self.version = 0, False, 0
 
     def permute(self, axes: tuple[int, ...]) -> "Buffer":
-        return Buffer(self.data.transpose(axes), self.known.transpose(axes), self.root)
-
-    def slice(self, start: int, length: int, dim: int = 0) -> "Buffer":
-        part = (slice(None),) * dim + (slice(start, start + length),)
-        return Buffer(self.data[part], self.known[part], self.root)
+        view = Buffer([])
+        view.data, view.known, view.root = self.data.transpose(axes), self.known.transpose(axes), self.root
+        return view
 
     def load(self, layout: Any) -> T:
         world.turn()
@@ -181,7 +183,7 @@ class Buffer:
         world.turn()
         if not world.shadow():
             if self.root.readers:
-                raise Fault("written while a product reads it")
+                raise Fault("written while a product or the engine reads it")
             self.data[...], self.known[...] = value, True
 
 
@@ -196,10 +198,11 @@ class Accumulator:
 
 
 class Warp:
-    """A thread: a partition's first warp, or a shadow of it."""
+    """A thread: a partition's first warp, of number 0, or a shadow of it."""
 
-    def __init__(self, function: Callable, args: tuple, partition: int, shadow: bool, slow: bool):
-        self.function, self.args, self.partition, self.shadow, self.slow = function, args, partition, shadow, slow
+    def __init__(self, function: Callable, args: tuple, partition: int, number: int, slow: bool):
+        self.function, self.args, self.partition, self.number, self.slow = function, args, partition, number, slow
+        self.asked: list[list[bool]] = []  # copies out of buffers: whether the engine has read them
         self.go = threading.Semaphore(0)
         self.until: Callable[[], bool] = lambda: True
 
@@ -218,7 +221,7 @@ class World:
 
     def shadow(self) -> bool:
         warp = getattr(here, "warp", None)
-        return warp is not None and warp.shadow
+        return warp is not None and warp.number > 0
 
     def turn(self, until: Callable[[], bool] = lambda: True) -> None:
         """Lets others run; comes back when `until` holds."""

@@ -88,7 +88,7 @@ def check(kernels, role: str, case: str, sizes: str, activation: str, seed: int)
             pairs = [(out, exact)]
     for i, (actual, expected) in enumerate(pairs):
         error = (actual[:used].double() - expected).norm() / expected.norm().clamp(min=1e-30)
-        if not error < (1e-5 if actual.dtype == torch.float32 else 8e-3):  # NaN where nobody wrote
+        if not error < (5e-5 if actual.dtype == torch.float32 else 8e-3):  # NaN where nobody wrote
             raise Fault(f"result {i}: error {error:.1e}")
         if not actual[used:].isnan().all():
             raise Fault(f"result {i}: unused rows are written")
@@ -106,6 +106,8 @@ TURN = "    warp_barrier()\n    mbarrier.arrive(turn.index(1 - ME), count=1)\n"
 SLOT = "        warp_barrier()\n        mbarrier.arrive(empty.index(before), count=1)\n"
 LAST = "    warp_barrier()\n    mbarrier.arrive(empty.index(slot), count=1)\n"
 WAIT = "        acc = warpgroup_mma_wait(1, deps=(acc,))\n"
+READ = "        tma.store_wait(pendings=0)\n        warp_barrier()\n"
+WRITTEN = "            fence_async_shared()\n            warp_barrier()\n"
 MINE = "    mbarrier.wait(turn.index(ME), turn_phase)\n"
 
 
@@ -130,11 +132,21 @@ FAULTS = {  # what is changed: module, old, new
         ("gluon_ring", TURN, TURN.split("\n", 1)[1]),
         ("gluon_ring", LAST, LAST.split("\n", 1)[1]),
     ],
-    "z is not waited for": [("gluon_hidden_grad", "mbarrier.wait(z_ready.index(ME), z_phase)", "pass")],
+    "z is not waited for": [("gluon_hidden_grad", "mbarrier.wait(z_ready.index(ME), phase)", "pass")],
     "z's buffer is not waited for": [("gluon_hidden_grad", "mbarrier.wait(z_empty.index(me), z_phase)", "pass")],
-    "z's phase is not flipped": [("gluon_hidden_grad", "z_phase ^= 1\n        z_first", "z_first")],
-    "rows past the end are stored": [("gluon_product", "live = (rows < end)", "live = (rows < first + BLOCK_M)")],
-    "columns past the width are stored": [("gluon_product", "cols < width - i * PART", "cols < width")],
+    "z's phase is not flipped": [("gluon_hidden_grad", "phase ^= 1\n        for i", "for i")],
+    "dz is on its way when z's buffer is given away": [
+        ("gluon_hidden_grad", READ + "        mbarrier.arrive(z_empty", "        warp_barrier()\n        mbarrier.arrive(z_empty")
+    ],
+    "the gates of the next tile": [("gluon_hidden_grad", "order + gl.where(next_first + below", "order + gl.where(first + below")],
+    "a part's buffer is not waited for": [("gluon_product", READ, "        warp_barrier()\n")],
+    "one warp alone waits for it": [("gluon_product", READ, "        tma.store_wait(pendings=0)\n")],
+    "copied out before all warps have written": [("gluon_product", WRITTEN, "            fence_async_shared()\n")],
+    "the end does not wait for copies": [("gluon_product", "next_column\n    tma.store_wait(pendings=0)", "next_column")],
+    "a tile that is cut leaves whole": [("gluon_product", "whole = first + BLOCK_M <= end", "whole = first <= end")],
+    "rows past the end are stored": [("gluon_product", "keep = (rows < end)", "keep = (rows < end + 1)")],
+    "columns past the width are stored": [("gluon_product", "(cols < width)", "(cols < width + 1)")],
+    "the bias of the part before": [("gluon_product", "ahead = ns + (i + 1) * PART", "ahead = ns + i * PART")],
     "both consumers have the same tiles": [("gluon_product", "gl.program_id(0) + ME * programs", "gl.program_id(0)")],
     "weights of the first expert": [("gluon_product", "w_first = expert * w_rows", "w_first = 0")],
 }
