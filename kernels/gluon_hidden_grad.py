@@ -79,8 +79,8 @@ def hidden_grad_kernel(
         gl.allocate_shared_memory(dtype, [PARTS] + z_desc.block_type.shape, z_desc.layout),  # noqa: RUF005
     )
     ph_bufs = (
-        gl.allocate_shared_memory(dtype, ph_desc.block_type.shape, ph_desc.layout),
-        gl.allocate_shared_memory(dtype, ph_desc.block_type.shape, ph_desc.layout),
+        gl.allocate_shared_memory(dtype, [2] + ph_desc.block_type.shape, ph_desc.layout),  # noqa: RUF005
+        gl.allocate_shared_memory(dtype, [2] + ph_desc.block_type.shape, ph_desc.layout),  # noqa: RUF005
     )
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -215,13 +215,13 @@ def _consume(
         mbarrier.wait(z_ready.index(ME), phase)
         phase ^= 1
         for i in range(held_back(gl.to_tensor(PARTS))):
-            z_buf, ph_buf = z_bufs[ME].index(i), ph_bufs[ME]
+            z_buf, ph_buf = z_bufs[ME].index(i), ph_bufs[ME].index(i & 1)
             da = das[0]
             das = shifted(das)
             # past the width z is the engine's zeros, and so is act
             act, slope = activate_and_derive(z_buf.load(part_layout).to(gl.float32), ACTIVATION, False)
             sums += gl.sum(da * act, 1)
-            tma.store_wait(pendings=0)
+            tma.store_wait(pendings=3)  # ph of the part before the last has left; what was asked for later may not
             warp_barrier()
             ph_buf.store((factor * act).to(ph.dtype.element_ty))
             z_buf.store((factor * da * slope).to(dz.dtype.element_ty))

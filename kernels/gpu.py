@@ -24,7 +24,7 @@ from moe_mtl.kernels.triton_up import up
 from moe_mtl.kernels.triton_weight_grad import weight_grad
 
 SORTED_FROM = 768  # numbers made of each row, from which products of sorted rows pay for the sorting
-SORTED_ROWS = 8192  # rows from which they do; sorting fewer takes as long as launching a kernel
+SORTED_ROWS = 2048  # rows from which they do; sorting fewer takes as long as launching a kernel
 
 
 def sorts_first(x: Tensor, rows: int, made: int) -> bool:

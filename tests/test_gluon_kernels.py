@@ -22,11 +22,11 @@ CASES = {  # rows of each expert, unused rows, programs
     "one program, an odd number of tiles": ((100, 100, 1), 2, 1),
     "whole tiles": ((128, 256), 0, 2),
 }
-SIZES = {  # block_m, slots, summed axis, width; blocks are 64 columns and 32 of the summed axis
-    "one step": (64, 3, 32, 128),
-    "fewer steps than slots, ragged columns": (64, 3, 64, 80),
-    "more steps than slots": (64, 3, 160, 64),
-    "tall tiles, ragged columns": (128, 2, 96, 136),
+SIZES = {  # block_m, slots, parts, summed axis, width; blocks are 64 columns and 32 of the summed axis
+    "one step": (64, 3, 2, 32, 128),
+    "fewer steps than slots, ragged columns": (64, 3, 2, 64, 80),
+    "more steps than slots": (64, 3, 4, 160, 64),
+    "tall tiles, ragged columns": (128, 2, 2, 96, 136),
 }
 ROLES = ("up", "up without z", "down", "input_grad", "hidden_grad")
 ACTIVATIONS = ("gelu", "silu", "relu")
@@ -50,14 +50,14 @@ def check(kernels, role: str, case: str, sizes: str, activation: str, seed: int)
     Raises:
         Fault: what the machine, or the comparison, says.
     """
-    (counts, unused, programs), (block_m, stages, inner, width) = CASES[case], SIZES[sizes]
+    (counts, unused, programs), (block_m, stages, parts, inner, width) = CASES[case], SIZES[sizes]
     torch.manual_seed(seed)
     gluon_language.seeds = random.Random(seed)
     ids = torch.cat([torch.full((count,), expert) for expert, count in enumerate((*counts, unused))])
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
     rows, used, experts = len(ids), int(offsets[-1]), len(counts)
     tiles = tables.tile_table(offsets, rows, block_m)
-    config = Config(block_m, 64, 32, stages=stages, epilogues=2, warp_specialized=True)
+    config = Config(block_m, 64, 32, stages=stages, epilogues=parts, warp_specialized=True)
     transposed = role in ("input_grad", "hidden_grad")
     a = torch.randn(rows, inner).bfloat16()
     w = torch.randn(experts, *((inner, width) if transposed else (width, inner))).div(inner**0.5).bfloat16()
@@ -74,14 +74,14 @@ def check(kernels, role: str, case: str, sizes: str, activation: str, seed: int)
         elif role == "hidden_grad":
             z, gates, order = torch.randn(rows, width).bfloat16(), torch.rand(rows), torch.randperm(rows).int()
             args = (a, w, z, gates, order, offsets, tiles, activation, config, programs)
-            dz, ph, parts = kernels.gluon_hidden_grad.hidden_grad(*args)
+            dz, ph, gate_parts = kernels.gluon_hidden_grad.hidden_grad(*args)
             zs, p = z[:used].double(), gates[order[:used].long()][:, None].double()
             with torch.enable_grad():
                 leaf = zs.requires_grad_()
                 (slope,) = torch.autograd.grad(act(leaf).sum(), leaf)
             h = act(zs.detach())
             sums = torch.nn.functional.pad(exact * h, (0, -width % 64)).unflatten(1, (-1, 64)).sum(2)
-            pairs = [(dz, p * exact * slope), (ph, p * h), (parts.mT, sums)]
+            pairs = [(dz, p * exact * slope), (ph, p * h), (gate_parts.mT, sums)]
         else:
             out = a.new_empty(rows, width)
             kernels.gluon_product.down(a, w, b, offsets, tiles, config, programs, out=out, transposed=transposed)
@@ -138,6 +138,7 @@ FAULTS = {  # what is changed: module, old, new
     "dz is on its way when z's buffer is given away": [
         ("gluon_hidden_grad", READ + "        mbarrier.arrive(z_empty", "        warp_barrier()\n        mbarrier.arrive(z_empty")
     ],
+    "ph's buffer is not waited for": [("gluon_hidden_grad", "store_wait(pendings=3)", "store_wait(pendings=4)")],
     "the gates of the next tile": [("gluon_hidden_grad", "order + gl.where(next_first + below", "order + gl.where(first + below")],
     "a part's buffer is not waited for": [("gluon_product", READ, "        warp_barrier()\n")],
     "one warp alone waits for it": [("gluon_product", READ, "        tma.store_wait(pendings=0)\n")],
