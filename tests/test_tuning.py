@@ -213,7 +213,7 @@ from triton.runtime.jit import JITFunction
 import moe_mtl.kernels.gpu as gpu
 
 seen = 0
-for path in pathlib.Path(gpu.__file__).parent.glob("*t*on_*.py"):  # Triton's and Gluon's
+for path in pathlib.Path(gpu.__file__).parent.glob("[tg]*on_*.py"):  # Triton's and Gluon's
     module = importlib.import_module("moe_mtl.kernels." + path.stem)
     for name, kernel in vars(module).items():
         if isinstance(kernel, JITFunction) and name.endswith("_kernel") and path.stem != "triton_plan":
@@ -228,7 +228,7 @@ print(seen)
 def test_another_number_of_tokens_compiles_nothing_anew():
     """Where a table lies in the plan's buffer, and so its alignment, depends on the number of tokens."""
     done = python(TABLES, TRITON_INTERPRET="0")
-    assert int(done.stdout) == 16, done.stderr
+    assert int(done.stdout) == 21, done.stderr
 
 
 def test_launches_of_the_same_code_are_compiled_once():
