@@ -49,7 +49,7 @@ slow: $(READY)
 OLD := .triton36
 test-triton36: $(READY)
 	test -d $(OLD) || $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLD) triton==3.6.0 'numpy<2.4'
-	PYTHONPATH=$(OLD) $(PY) -m pytest -n 2 tests/test_triton.py tests/test_replay.py tests/test_host.py tests/test_compiled_kernels.py tests/test_gluon_kernels.py
+	PYTHONPATH=$(OLD) $(PY) -m pytest -n 2 tests/test_triton.py tests/test_replay.py tests/test_host.py tests/test_compiled_kernels.py tests/test_gluon_kernels.py tests/test_gluon_weight_grad.py
 
 compile: $(READY)
 	$(PY) benchmarks/compile_kernels.py

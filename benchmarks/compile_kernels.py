@@ -142,9 +142,9 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
                 gpu.moe_mlp(x, w1, b1, w2, b2, gates, sort, shape.activation, shape.glu, save)
             need = [True, True, b1 is not None, True, b2 is not None, True]
             gpu.moe_mlp_backward(dy, x, z, w1, w2, b2, gates, sort, shape.activation, shape.glu, need)
-            if not shape.glu:  # biases alone
-                need = [False, False, True, False, True, False]
-                gpu.moe_mlp_backward(dy, None, z, w1, w2, b2, gates, sort, shape.activation, False, need)
+            if not shape.glu:  # without gradients of biases, and these alone
+                for need in ([True, True, False, True, False, True], [False, False, True, False, True, False]):
+                    gpu.moe_mlp_backward(dy, x, z, w1, w2, b2, gates, sort, shape.activation, False, need)
             from moe_mtl.kernels import triton_plan
 
             triton_plan.plan(torch.empty(rows, dtype=torch.int64), e)
@@ -152,7 +152,7 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
 
 
 def other_uses(launch: Launch) -> Iterator[Launch]:
-    """The launch; of a warp-specialized kernel, those for columns that end inside a tile and for other activations too.
+    """The launch; of a warp-specialized kernel, those for results that end inside a tile and for other activations too.
 
     No shape here needs them, and these kernels have next to no registers and memory to spare.
     """
@@ -160,19 +160,19 @@ def other_uses(launch: Launch) -> Iterator[Launch]:
     act = constants.get("ACTIVATION")
     for even in (True, False) if launch.gluon else (None,):
         for name in ("gelu", "silu", "relu") if launch.gluon and act else (act,):
-            changed = {"EVEN_N": even, "ACTIVATION": name} if launch.gluon else {}
+            changed = {"EVEN": even, "EVEN_N": even, "ACTIVATION": name} if launch.gluon else {}
             yield replace(launch, constants=tuple((c, changed.get(c, value)) for c, value in launch.constants))
 
 
 def heaviest(launches: Iterable[Launch]) -> list[Launch]:
     """One launch for each set of tile sizes: the one that does most beside its product.
 
-    Of a warp-specialized kernel two, one of them for columns that end inside a tile.
+    Of a warp-specialized kernel two, one of them for results that end inside a tile.
     """
     groups: dict[tuple, list[Launch]] = {}
     for launch in launches:
         constants = dict(launch.constants)
-        told = ("STAGES", "PART", "TRANSPOSED", "EVEN_N") if launch.gluon else ("GLU", "PRECISION")
+        told = ("STAGES", "PART", "TRANSPOSED", "EVEN", "EVEN_N") if launch.gluon else ("GLU", "PRECISION")
         sizes = tuple(sorted((c, v) for c, v in constants.items() if c.startswith("BLOCK") or c in told))
         blocks = launch.signature[: 3 if launch.gluon else 1]
         groups.setdefault((launch.module, launch.kernel, launch.arch, blocks, sizes, launch.options), []).append(launch)

@@ -61,6 +61,7 @@ WARP_SPECIALIZED = {  # block_m, block_n, stages, epilogues, group
     "up": ((128, 128, 5, 2, 8), (128, 128, 6, 4, 8), (128, 64, 6, 1, 8)),
     "down": ((128, 128, 6, 2, 8), (128, 64, 6, 1, 8), (128, 128, 5, 1, 8)),
     "hidden_grad": ((128, 128, 4, 4, 8), (64, 128, 5, 2, 8), (128, 64, 5, 2, 8)),
+    "weight_grad": ((128, 128, 6, 4, 8), (128, 128, 5, 2, 8)),
 }
 LISTED = {
     "up": {16: FINISHED, 32: ROW_TILES[32]},
@@ -129,7 +130,7 @@ def problems(shape: Shape, kind: str, device: torch.device, processors: int) -> 
     from moe_mtl.kernels.triton_down import down
     from moe_mtl.kernels.triton_fused import fused, fused_fits
     from moe_mtl.kernels.triton_hidden_grad import hidden_grad
-    from moe_mtl.kernels.triton_launch import warp_specializes
+    from moe_mtl.kernels.triton_launch import warp_specializes, warp_specializes_sums
     from moe_mtl.kernels.triton_up import up
     from moe_mtl.kernels.triton_weight_grad import weight_grad
 
@@ -178,22 +179,27 @@ def problems(shape: Shape, kind: str, device: torch.device, processors: int) -> 
 
     def run_weight_grad(first: bool, c: Config) -> tuple[Tensor, ...]:
         a, b = (dz, xs) if first else (dys, hidden)
-        how = {"gather": gather} if first else {"scale": None if b2 is None else gates.flatten()}
-        how["bias"] = b1 is not None
+        how = {"bias": b1 is not None, "scale": None if first or b2 is None else gates.flatten()}
+        if c.warp_specialized:
+            from moe_mtl.kernels import gluon_weight_grad
+
+            return gluon_weight_grad.weight_grad(a, b, sort.offsets, c, processors, **how)
+        how["gather"] = first and gather
         return weight_grad(a, b, sort.order, sort.offsets, k, exact, c, processors, **how)
 
     def run_fused(c: Config) -> tuple[Tensor, ...]:
         return (fused(x, w1, b1, w2, b2, sort.order, plan.tiles_of(sort, c.block_m), k, act, exact, c),)
 
     can_up = not (glu or gather) and warp_specializes(xs, w1, h)
+    can_sum = partial(warp_specializes_sums, experts=e)
     infer = Problem("up", "inference", h, partial(run_up, False), can_up)
     return [
         Problem("up", "training", h, partial(run_up, True), can_up),
         Problem("down", "forward", d, partial(run_down, False), not glu and warp_specializes(hidden, w2, d)),
         Problem("down", "input gradient", d, partial(run_down, True), not glu and warp_specializes(dz, w1, d, True)),
         Problem("hidden_grad", "backward", h, run_hidden_grad, not glu and warp_specializes(dys, w2, h, True)),
-        Problem("weight_grad", "first layer", d, partial(run_weight_grad, True)),
-        Problem("weight_grad", "second layer", h, partial(run_weight_grad, False)),
+        Problem("weight_grad", "first layer", d, partial(run_weight_grad, True), not gather and can_sum(dz, xs)),
+        Problem("weight_grad", "second layer", h, partial(run_weight_grad, False), can_sum(dys, hidden)),
         Problem("fused", "inference", d, run_fused) if fused_fits(w1, w2, glu) else infer,
     ]
 

@@ -17,7 +17,7 @@ from moe_mtl.kernels.triton_down import down
 from moe_mtl.kernels.triton_fused import fused, fused_fits
 from moe_mtl.kernels.triton_gate_grad import gate_grad
 from moe_mtl.kernels.triton_hidden_grad import hidden_grad
-from moe_mtl.kernels.triton_launch import describable, loads_blocks, warp_specializes
+from moe_mtl.kernels.triton_launch import describable, loads_blocks, warp_specializes, warp_specializes_sums
 from moe_mtl.kernels.triton_replay import replayed
 from moe_mtl.kernels.triton_sort_rows import sort_rows
 from moe_mtl.kernels.triton_up import up
@@ -106,9 +106,18 @@ class _Launch:
     def sort_rows(self, x: Tensor, k: int, **how: Any) -> tuple[Tensor, Tensor | None]:
         return sort_rows(x, self.plan.order, self.plan.offsets, k, **how)
 
-    def weight_grad(self, a: Tensor, b: Tensor, k: int, **how: Any) -> tuple[Tensor, Tensor | None]:
-        config, plan = self.config("weight_grad", b.shape[1]), self.plan
-        return weight_grad(a, b, plan.order, plan.offsets, k, self.precision, config, self.processors, **how)
+    def weight_grad(
+        self, a: Tensor, b: Tensor, k: int, *, gather: bool = False, **how: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        order, offsets = self.plan.order, self.plan.offsets
+        can = not gather and warp_specializes_sums(a, b, offsets.shape[0] - 1)
+        config = self.config("weight_grad", b.shape[1], can)
+        if config.warp_specialized:
+            from moe_mtl.kernels.gluon_weight_grad import weight_grad as of_sorted_rows
+
+            return of_sorted_rows(a, b, offsets, config, self.processors, **how)
+        args = (a, b, order, offsets, k, self.precision, config, self.processors)
+        return weight_grad(*args, gather=gather, **how)
 
 
 @replayed

@@ -14,6 +14,8 @@ from moe_mtl.kernels.configs import Config
 # Gluon, in which the warp-specialized kernels are written, is experimental and may change with any version of Triton:
 # these compile the kernels (tests/test_compiled_kernels.py). With another version the others run.
 GLUON_KNOWN = ("3.6.", "3.7.")
+TILE = 128  # rows, and columns, of a tile of weights
+TILES_EACH = 4  # of a processor, from which the warp-specialized kernel makes gradients of weights faster
 
 
 class _Watcher(threading.local):
@@ -115,6 +117,28 @@ def warp_specializes(a: Tensor, w: Tensor, width: int, transposed: bool = False)
         and width % 8 == 0
         and max(a.shape[0] * width, w.shape[0] * w.shape[1]) < 2**31  # places in the result, rows of weights
         and (not transposed or w.shape[1] % configs.SUMMED == 0)
+    )
+
+
+def warp_specializes_sums(a: Tensor, b: Tensor, experts: int) -> bool:
+    """Whether the warp-specialized kernel can make the gradients of weights, and whether it should.
+
+    It writes whole 16 bytes. Each processor has several of its tiles: with fewer, one product follows another in its
+    epilogue too seldom, and rows would have to be split to give all processors work, which this kernel does not do.
+
+    Args:
+        a: gradients of the layer's outputs, sorted rows [r, o].
+        b: its inputs, sorted rows [r, i].
+        experts: e.
+    """
+    rows_out, cols_out = a.shape[1], b.shape[1]
+    return (
+        runs_gluon(a.device)
+        and describable(a)
+        and describable(b)
+        and cols_out % 8 == 0
+        and rows_out * cols_out < 2**31  # places in the weights of an expert
+        and experts * cdiv(rows_out, TILE) * cdiv(cols_out, TILE) >= TILES_EACH * configs.chip(a.device)[1]
     )
 
 

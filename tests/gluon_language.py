@@ -33,7 +33,7 @@ from tests.gluon_machine import (
 )
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
-MODULES = ("triton_math", "gluon_ring", "gluon_product", "gluon_hidden_grad")
+MODULES = ("triton_math", "gluon_ring", "gluon_product", "gluon_hidden_grad", "gluon_weight_grad")
 WARPS = 4  # of a consumer
 
 seeds = random.Random(0)
@@ -75,9 +75,9 @@ def wait(barrier: Barrier, phase: int) -> None:
     machine.world.turn(lambda: barrier.passed(phase))
 
 
-def arrive(barrier: Barrier, count: int = 1, nbytes: int = 0) -> None:
+def arrive(barrier: Barrier, count: int = 1, nbytes: int = 0, pred: bool = True) -> None:
     machine.world.turn()
-    if not machine.world.shadow():
+    if pred and not machine.world.shadow():
         barrier.bytes += nbytes
         barrier.pending -= count
         barrier.settle()
@@ -85,6 +85,8 @@ def arrive(barrier: Barrier, count: int = 1, nbytes: int = 0) -> None:
 
 def warp_barrier() -> None:
     """Of the warps of a partition."""
+    if not hasattr(machine.here, "warp"):  # they have not started
+        return
     meeting = machine.world.meeting.setdefault(machine.here.warp.partition, [0, 0])
     meeting[0] += 1
     mine = meeting[1]
@@ -110,11 +112,18 @@ def copy(descriptor: Described, at: list[int], barrier: Barrier, buffer: Buffer)
     machine.world.copies.append(done)
 
 
+def written_by_all(buffer: Buffer) -> None:
+    for stores in buffer.stores.values():
+        if len(stores) != WARPS or len(set(stores.values())) > 1:
+            raise Fault("read by a product or the engine before every warp has written")
+
+
 def copy_out(descriptor: Described, at: list[int], buffer: Buffer) -> None:
     machine.world.turn()
     warp = machine.here.warp
     if warp.number != 1:
         return
+    written_by_all(buffer)
     buffer.readers += 1
     read = [False]
     warp.asked.append(read)
@@ -136,30 +145,38 @@ def store_wait(pendings: int) -> None:
     machine.world.turn(lambda: all(read for (read,) in earlier))
 
 
-def product(a: Buffer, w: Buffer, acc: Any, use_acc: bool, is_async: bool) -> Accumulator:
+def product(a: Buffer, w: Buffer, acc: Any, use_acc: bool = True, is_async: bool = False) -> Accumulator:
     machine.world.turn()
     acc = acc if isinstance(acc, Accumulator) else Accumulator(acc)
+    for buffer in (a.root, w.root):
+        written_by_all(buffer)
     if machine.world.shadow():
         return acc
     for buffer in (a.root, w.root):
         buffer.readers += 1
-    return Accumulator(acc.value, (*acc.pending, (a, w, use_acc, a.root.version, w.root.version)))
+    machine.here.warp.products += 1
+    newest = (machine.here.warp.products, a, w, use_acc, a.root.version, w.root.version)
+    return Accumulator(acc.value, (*acc.pending, newest))
 
 
-def product_wait(pending: int, deps: tuple[Accumulator]) -> Any:
-    (acc,) = deps
+def product_wait(pending: int, deps: tuple[Any, ...]) -> Any:
+    """The oldest products end first, whichever result they are added to."""
     machine.world.turn()
-    while len(acc.pending) > pending:
-        a, w, use_acc, *versions = acc.pending.pop(0)
+    accs = [acc if isinstance(acc, Accumulator) else Accumulator(acc) for acc in deps]
+    while sum(len(acc.pending) for acc in accs) > pending:
+        acc = min((acc for acc in accs if acc.pending), key=lambda acc: acc.pending[0][0])
+        _, a, w, use_acc, *versions = acc.pending.pop(0)
         if [a.root.version, w.root.version] != versions:
             raise Fault("an operand changed under a product")
         if not (a.known.all() and w.known.all()):
             raise Fault("a product of what was never copied")
-        acc.value = ((acc.value if use_acc else 0) + a.data @ w.data).astype(np.float32).view(T)
+        with np.errstate(invalid="ignore"):  # what is unused may be infinite
+            acc.value = ((acc.value if use_acc else 0) + a.data @ w.data).astype(np.float32).view(T)
         for buffer in (a.root, w.root):
             buffer.readers -= 1
             buffer.fresh = False
-    return acc if pending else acc.value
+    results = tuple(acc if pending else acc.value for acc in accs)
+    return results if len(results) > 1 else results[0]
 
 
 def specialize(partitions: list[tuple[Callable, tuple]], warps: list[int], registers: list[int]) -> None:
@@ -209,6 +226,7 @@ LANGUAGE = types.SimpleNamespace(
     zeros=lambda shape, kind, layout: np.zeros(shape, np.float32).view(T), minimum=minimum, maximum=np.maximum,
     abs=np.abs, sum=lambda x, axis: x.sum(axis), cdiv=lambda a, b: -(-a // b), inline_asm_elementwise=assembly,
     program_id=lambda axis: machine.world.program, num_programs=lambda axis: machine.world.programs,
+    cast=same, full=lambda shape, value, kind, layout: np.full(shape, value, np.float32).view(T),
     int32="i32", int64="i64", float32="fp32", bfloat16="bf16",
 )  # fmt: skip
 HOPPER = types.SimpleNamespace(

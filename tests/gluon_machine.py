@@ -9,6 +9,7 @@ makes of one call by four warps. It is a shadow that asks the engine to copy out
 import random
 import threading
 import types
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -143,6 +144,8 @@ class Barrier:
 class Buffers:
     """Buffers, or barriers, one behind the other."""
 
+    dtype = "bf16"
+
     def __init__(self, shape: list[int], barriers: bool = False):
         self.type = types.SimpleNamespace(shape=list(shape))
         self.each = [Barrier() if barriers else Buffer(shape[1:]) for _ in range(shape[0])]
@@ -159,11 +162,13 @@ class Buffer:
         readers: products and copies that read it.
         fresh: copied into, and not read since.
         version: how many copies it has taken.
+        stores: how often each warp has written into it, of each partition.
     """
 
     def __init__(self, shape: list[int]):
         self.data, self.known, self.root = np.full(shape, np.nan, np.float32), np.zeros(shape, bool), self
         self.readers, self.fresh, self.version = 0, False, 0
+        self.stores: dict[int, Counter[Warp]] = {}
 
     def permute(self, axes: tuple[int, ...]) -> "Buffer":
         view = Buffer([])
@@ -181,6 +186,8 @@ class Buffer:
 
     def store(self, value: T) -> None:
         world.turn()
+        if hasattr(here, "warp"):
+            self.root.stores.setdefault(here.warp.partition, Counter())[here.warp] += 1
         if not world.shadow():
             if self.root.readers:
                 raise Fault("written while a product or the engine reads it")
@@ -188,7 +195,7 @@ class Buffer:
 
 
 class Accumulator:
-    """A product's result, and the products that are still to be added."""
+    """A product's result, and the products that are still to be added, each with its number in the partition."""
 
     def __init__(self, value: Any, pending: tuple = ()):
         self.value, self.pending = value, list(pending)
@@ -203,6 +210,7 @@ class Warp:
     def __init__(self, function: Callable, args: tuple, partition: int, number: int, slow: bool):
         self.function, self.args, self.partition, self.number, self.slow = function, args, partition, number, slow
         self.asked: list[list[bool]] = []  # copies out of buffers: whether the engine has read them
+        self.products = 0  # how many it has issued
         self.go = threading.Semaphore(0)
         self.until: Callable[[], bool] = lambda: True
 

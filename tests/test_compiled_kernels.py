@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "benchmarks" / "compile_kernels.py"
+WARP_SPECIALIZED = {"product", "hidden_grad", "weight_grad"}
 
 
 def run(folder: Path, *options: str) -> list[dict]:
@@ -31,11 +32,11 @@ def check(reports: list[dict], arch: int) -> None:
     }
     assert not any(report["faults"] for report in reports)
     special = [r for r in reports if "warp-specialized" in r["kernel"]]
-    assert {r["kernel"].split()[0] for r in special} == ({"product", "hidden_grad"} if arch == 90 else set())
+    assert {r["kernel"].split()[0] for r in special} == (WARP_SPECIALIZED if arch == 90 else set())
     if arch == 90:
-        for sizes in ("stages 5", "stages 6 bias", "transposed", "128x32 stages 4"):
-            ends = [" even_n" in r["kernel"] for r in special if sizes in r["kernel"]]
-            assert {True, False} == set(ends)  # columns that are whole tiles, and that are not
+        for sizes in ("stages 5", "stages 6 bias", "transposed", "128x32 stages 4", "stages 6 part 32"):
+            ends = [" even" in r["kernel"] for r in special if sizes in r["kernel"]]
+            assert {True, False} == set(ends)  # results that are whole tiles, and that are not
         large = [r for r in reports if r["kernel"].split()[1] in ("bf16", "fp16") and " 128 128 " in r["kernel"]]
         assert large and all(report["wgmma"] for report in large)
 

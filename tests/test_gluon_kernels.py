@@ -180,7 +180,7 @@ def launched(kernels, monkeypatch):
     monkeypatch.setattr(triton_launch, "runs_gluon", lambda device: True)
     monkeypatch.setattr(gpu, "sorts_first", lambda *_: True)
     monkeypatch.setattr(gpu, "fused_fits", lambda *_: False)
-    for name in ("gluon_product", "gluon_hidden_grad"):
+    for name in ("gluon_product", "gluon_hidden_grad", "gluon_weight_grad"):
         monkeypatch.setitem(sys.modules, f"moe_mtl.kernels.{name}", getattr(kernels, name))
     gluon_language.launched.clear()
     return gluon_language.launched
@@ -200,13 +200,14 @@ def test_layers(launched, activation):
     exact = [t.detach().double().requires_grad_() for t in leaves]
     oracle = differentiate(lambda ts: reference.moe_mlp(*ts, idx, **options), exact, cotangent)
     got = differentiate(lambda ts: ops.moe_mlp(*ts, plan, backend="triton", **options), leaves, cotangent)
-    assert launched == ["product_kernel", "product_kernel", "hidden_grad_kernel", "product_kernel"]
+    back = ["hidden_grad_kernel", "weight_grad_kernel", "weight_grad_kernel", "product_kernel"]
+    assert launched == ["product_kernel", "product_kernel", *back]
     for name, actual, expected in zip(NAMES, got, oracle, strict=True):
         error = (actual.double() - expected).norm() / expected.norm()
         assert error < 1e-2, f"{name}: error {error:.1e}"
     with torch.no_grad():
         inferred = ops.moe_mlp(*leaves, plan, backend="triton", **options)
-    assert torch.equal(inferred, got[0]) and len(launched) == 6
+    assert torch.equal(inferred, got[0]) and len(launched) == 8
 
 
 @pytest.mark.parametrize(
@@ -268,7 +269,7 @@ def test_where_they_can_run(monkeypatch):
 
 def test_the_table_has_them_for_many_rows_alone():
     special = [entry for entry in configs.entries() if entry.config.warp_specialized]
-    assert {entry.kernel for entry in special} == {"up", "down", "hidden_grad"}
+    assert {entry.kernel for entry in special} == {"up", "down", "hidden_grad", "weight_grad"}
     for entry in special:
         assert (entry.arch, entry.bits, entry.glu) == (configs.HOPPER, 16, False)
         assert (entry.config.block_k, entry.config.warps, entry.config.registers) == (configs.SUMMED, 4, None)
@@ -276,3 +277,4 @@ def test_the_table_has_them_for_many_rows_alone():
         assert configs.pick(*call, 513, 513, True) == entry.config != configs.pick(*call, 513, 513)
         assert not configs.pick(*call, 512, 513, True).warp_specialized
         assert configs.pick(*call, 512, 513, True) == configs.pick(*call, 512, 513)
+        assert not configs.pick(*call, 513, 256, True).warp_specialized

@@ -208,7 +208,7 @@ class Simulated:
 def test_warp_specialized_kernels(made, monkeypatch):
     """Their descriptors have a layout, and there are as many programs as processors, or fewer."""
     kernels, launch = gluon_language.load(), users[0].launch  # that of the fixture
-    for name in ("gluon_product", "gluon_hidden_grad"):
+    for name in ("gluon_product", "gluon_hidden_grad", "gluon_weight_grad"):
         module = getattr(kernels, name)
         monkeypatch.setattr(module, "launch", lambda kernel, *rest: launch(Simulated(kernel), *rest))
         monkeypatch.setitem(sys.modules, f"moe_mtl.kernels.{name}", module)
@@ -216,6 +216,7 @@ def test_warp_specialized_kernels(made, monkeypatch):
     monkeypatch.setattr(configs, "pick", lambda *call: special if call[-1] is True else SMALL)
     monkeypatch.setattr(configs, "chip", lambda device: (0, 3))
     monkeypatch.setattr(launching, "runs_gluon", lambda device: True)
+    monkeypatch.setattr(launching, "TILES_EACH", 1)
     monkeypatch.setattr(gpu, "sorts_first", lambda *_: True)
 
     def run(seed):
@@ -227,7 +228,8 @@ def test_warp_specialized_kernels(made, monkeypatch):
         return got, differentiate(lambda ts: reference.moe_mlp(*ts, idx), exact, cotangent)
 
     results = [run(0)]
-    assert made.count("product_kernel") == 3 and made.count("hidden_grad_kernel") == 1
+    names = ("product_kernel", "hidden_grad_kernel", "weight_grad_kernel")
+    assert [made.count(name) for name in names] == [3, 1, 2]
     for got, expected in (*results, *same(run, made)):
         for a, b in zip(got, expected, strict=True):
             assert (a.double() - b).norm() < 1e-2 * b.norm()

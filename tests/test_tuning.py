@@ -197,11 +197,12 @@ for other in (
 ):
     assert other != code(), other
 special = dict(block_m=128, block_n=128, block_k=64, stages=4, epilogues=4, warp_specialized=True)
-for place in (0, 1, 2, 3):
+for place in (0, 1, 2, 3, 4, 5):
     own = code(Config(**special), place)
     assert own == code(Config(**special), place, tokens=400, experts=8) != code(place=place)
     for name, value in (("stages", 3), ("epilogues", 2), ("group", 16), ("block_m", 64)):
-        assert code(Config(**special | {name: value}), place) != own, name
+        if (place, name) not in ((4, "group"), (5, "group")):  # gradients of weights have none
+            assert code(Config(**special | {name: value}), place) != own, name
 assert tune.code_of(Shape("a layer", 512, 128, 128, 4, 2), "bf16", 0, Config(64, 64, 64), (80, 108)) != code(), "chip"
 print("told apart")
 """
@@ -228,7 +229,7 @@ print(seen)
 def test_another_number_of_tokens_compiles_nothing_anew():
     """Where a table lies in the plan's buffer, and so its alignment, depends on the number of tokens."""
     done = python(TABLES, TRITON_INTERPRET="0")
-    assert int(done.stdout) == 21, done.stderr
+    assert int(done.stdout) == 22, done.stderr
 
 
 def test_launches_of_the_same_code_are_compiled_once():
