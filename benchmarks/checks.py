@@ -252,15 +252,16 @@ def check_warp_specialized(entry: configs.Entry, device: torch.device) -> Report
 
     Enough rows that every program has several tiles; rows of experts, and columns of all results, end inside tiles. Of
     the summed axes those of the first layer and of its weights' gradient end inside blocks; the others must not.
+    Gradients of weights have their tiles by the number and sizes of experts, 12 of each.
     """
-    from moe_mtl.kernels import gpu
+    from moe_mtl.kernels import gpu, triton_launch
 
-    pick, report = configs.pick, Report()
-    for kind, sizes, activation in (
-        ("bf16", (256, 256, 256), "gelu"),
-        ("bf16", (200, 192, 320), "silu"),
-        ("fp16", (200, 192, 320), "relu"),
-    ):
+    pick, report, experts = configs.pick, Report(), 3
+    even, odd = (256, 256, 256), (200, 192, 320)
+    if entry.kernel == "weight_grad":
+        even, odd = (512, 384, 512), (456, 320, 424)
+        experts = max(experts, triton_launch.cdiv(triton_launch.TILES_EACH * configs.chip(device)[1], 12))
+    for kind, sizes, activation in (("bf16", even, "gelu"), ("bf16", odd, "silu"), ("fp16", odd, "relu")):
         used = []
 
         def forced(kernel: str, *call, used=used) -> configs.Config:
@@ -269,7 +270,7 @@ def check_warp_specialized(entry: configs.Entry, device: torch.device) -> Report
             used.append(kernel)
             return entry.config
 
-        case = Case(9000, 3, 3, *sizes, activation=activation, ids="some unused")
+        case = Case(9000, 3, experts, *sizes, activation=activation, ids="some unused")
         with (
             mock.patch.object(configs, "pick", forced),
             mock.patch.object(gpu, "sorts_first", lambda *_: True),

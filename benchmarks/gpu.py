@@ -107,10 +107,12 @@ def determinism(device: torch.device) -> Step:
     """The same call gives the same bits: outputs and every gradient, with weight gradients split and not split.
 
     Called in full, then watched, then made again from the record (`moe_mtl.kernels.triton_replay`). Few large experts
-    without gated units are what warp-specialized kernels are for.
+    without gated units are what warp-specialized kernels are for, those of weights' gradients if they are not too few.
     """
     sizes = (
-        ((2048, 4, 4, 384, 768, 384), (300, 2, 16, 192, 96, 192)) if device.type == "cuda" else ((9, 2, 3, 16, 16, 16),)
+        ((2048, 4, 4, 384, 768, 384), (4096, 3, 16, 768, 768, 768), (300, 2, 16, 192, 96, 192))
+        if device.type == "cuda"
+        else ((9, 2, 3, 16, 16, 16),)
     )
     for case in (Case(*size, glu=glu, ids="some unused") for size in sizes for glu in (False, True)):
         for kind in DTYPES:

@@ -57,6 +57,18 @@ def test_a_line_that_nobody_uses_is_said(monkeypatch):
     assert report.failures[0].startswith("up Config(") and report.failures[0].endswith("no call could run it")
 
 
+def test_gradients_of_weights_are_checked_where_they_have_many_tiles(monkeypatch):
+    entry = next(e for e in configs.entries() if e.config.warp_specialized and e.kernel == "weight_grad")
+    found = []
+    monkeypatch.setattr(configs, "chip", lambda device: (90, 132))
+    monkeypatch.setattr(checks, "check_mlp", lambda case, *_: (found.append(case), Report(cases=1))[1])
+    checks.check_config(entry, CPU)
+    for case in found:
+        for rows, columns in ((case.hidden, case.dim), (case.out, case.hidden)):
+            assert case.experts * -(-rows // 128) * -(-columns // 128) >= 4 * 132
+    assert len(found) == 3 and any(case.out % 128 and case.hidden % 128 and case.dim % 128 for case in found)
+
+
 @pytest.mark.parametrize("index, name", list(enumerate(["dx", "dw1", "db1", "dw2", "db2", "dgates"])))
 def test_checks_name_a_wrong_gradient(index, name, monkeypatch):
     backward = cpu.moe_mlp_backward
