@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a bare checkout will do
 
 import torch  # noqa: E402
-from shapes import SHAPES  # noqa: E402
+from shapes import SHAPES, Shape  # noqa: E402
 
 SHARED_KIB = {80: 99, 90: 227}  # per program; 99 leaves sm_86 and sm_89, which have less than sm_80, in
 PROCESSORS = {80: 108, 90: 132}
@@ -77,6 +78,8 @@ class Launch:
 def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
     """Every launch of a forward, a backward and an inference pass at every shape; see `other_uses` for more.
 
+    And again without the warp-specialized kernels, as with a Triton whose Gluon is not known.
+
     Args:
         arch: compute capability, 90 for 9.0.
         kind: a name in DTYPES.
@@ -87,7 +90,7 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
     dtype = DTYPES[kind]
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
 
-    from moe_mtl.kernels import configs, gpu, plan
+    from moe_mtl.kernels import configs, triton_launch
 
     found: set[Launch] = set()
     used = set() if lines is None else lines
@@ -128,27 +131,33 @@ def recorded(arch: int, kind: str, lines: set | None = None) -> set[Launch]:
     chip = mock.patch.object(configs, "chip", lambda device: (arch, PROCESSORS[arch]))
     table = mock.patch.object(configs, "pick", choose)
     with chip, table, mock.patch.object(triton.runtime.jit.JITFunction, "run", record), torch.device("meta"):
-        for shape in SHAPES:
-            m, k, e, o = shape.tokens, shape.k, shape.experts, shape.dim
-            wide, rows = shape.hidden * (1 + shape.glu), shape.tokens * shape.k
-            x, dy = torch.empty(m, shape.dim, dtype=dtype), torch.empty(m, o, dtype=dtype)
-            w1, w2 = torch.empty(e, wide, shape.dim, dtype=dtype), torch.empty(e, o, shape.hidden, dtype=dtype)
-            b1, b2 = (None, None) if shape.glu else (torch.empty(e, wide, dtype=dtype), torch.empty(e, o, dtype=dtype))
-            gates, z = torch.empty(m, k), torch.empty(rows, wide, dtype=dtype)
-            table, offsets = torch.empty(rows, dtype=torch.int32), torch.empty(e + 1, dtype=torch.int32)
-            bounds = sum(plan.tile_bound(rows, e, height) for height in plan.TILE_ROWS)
-            sort = plan.Plan(table, table, offsets, torch.empty(bounds, 3, dtype=torch.int32))
-            for save in (True, False):
-                gpu.moe_mlp(x, w1, b1, w2, b2, gates, sort, shape.activation, shape.glu, save)
-            need = [True, True, b1 is not None, True, b2 is not None, True]
-            gpu.moe_mlp_backward(dy, x, z, w1, w2, b2, gates, sort, shape.activation, shape.glu, need)
-            if not shape.glu:  # without gradients of biases, and these alone
-                for need in ([True, True, False, True, False, True], [False, False, True, False, True, False]):
-                    gpu.moe_mlp_backward(dy, x, z, w1, w2, b2, gates, sort, shape.activation, False, need)
-            from moe_mtl.kernels import triton_plan
-
-            triton_plan.plan(torch.empty(rows, dtype=torch.int64), e)
+        for runs, shape in product((triton_launch.runs_gluon, lambda device: False), SHAPES):
+            with mock.patch.object(triton_launch, "runs_gluon", runs):
+                _layer(shape, dtype)
     return found
+
+
+def _layer(shape: Shape, dtype: torch.dtype) -> None:
+    """Inference, forward, and backward in several ways, on tensors without data."""
+    from moe_mtl.kernels import gpu, plan, triton_plan
+
+    m, k, e, o = shape.tokens, shape.k, shape.experts, shape.dim
+    wide, rows = shape.hidden * (1 + shape.glu), shape.tokens * shape.k
+    x, dy = torch.empty(m, shape.dim, dtype=dtype), torch.empty(m, o, dtype=dtype)
+    w1, w2 = torch.empty(e, wide, shape.dim, dtype=dtype), torch.empty(e, o, shape.hidden, dtype=dtype)
+    b1, b2 = (None, None) if shape.glu else (torch.empty(e, wide, dtype=dtype), torch.empty(e, o, dtype=dtype))
+    gates, z = torch.empty(m, k), torch.empty(rows, wide, dtype=dtype)
+    table, offsets = torch.empty(rows, dtype=torch.int32), torch.empty(e + 1, dtype=torch.int32)
+    bounds = sum(plan.tile_bound(rows, e, height) for height in plan.TILE_ROWS)
+    sort = plan.Plan(table, table, offsets, torch.empty(bounds, 3, dtype=torch.int32))
+    for save in (True, False):
+        gpu.moe_mlp(x, w1, b1, w2, b2, gates, sort, shape.activation, shape.glu, save)
+    need = [True, True, b1 is not None, True, b2 is not None, True]
+    gpu.moe_mlp_backward(dy, x, z, w1, w2, b2, gates, sort, shape.activation, shape.glu, need)
+    if not shape.glu:  # without gradients of biases, and these alone
+        for need in ([True, True, False, True, False, True], [False, False, True, False, True, False]):
+            gpu.moe_mlp_backward(dy, x, z, w1, w2, b2, gates, sort, shape.activation, False, need)
+    triton_plan.plan(torch.empty(rows, dtype=torch.int64), e)
 
 
 def other_uses(launch: Launch) -> Iterator[Launch]:

@@ -122,7 +122,7 @@ def split_columns(x, PARTS: gl.constexpr):
 
 @gluon.jit
 def parts_of(acc, PARTS: gl.constexpr, PART: gl.constexpr):
-    """A tile's sums in equal parts of PART columns, from left to right, each laid out as so many columns of products."""
+    """A tile's sums in equal parts of PART columns, from left to right, each laid out as a product of its width."""
     pieces = split_columns(acc, PARTS)
     layout: gl.constexpr = product_layout(PART)
     parts = ()

@@ -235,9 +235,9 @@ def multiply(ring, span, factors, ME: gl.constexpr, BIAS: gl.constexpr, SCALED: 
             f_buf = f_bufs.index(0)
         mbarrier.wait(ready.index(slot), phase)
         a = a_bufs.index(slot).permute((1, 0))
-        acc = warpgroup_mma(a, b_bufs.index(slot), acc, is_async=True)
+        acc = warpgroup_mma(a, b_bufs.index(slot), acc, use_acc=True, is_async=True)
         if BIAS:
-            total = warpgroup_mma(a, f_buf.permute((1, 0)), total, is_async=True)
+            total = warpgroup_mma(a, f_buf.permute((1, 0)), total, use_acc=True, is_async=True)
             acc, total = warpgroup_mma_wait(2, deps=(acc, total))
         else:
             acc = warpgroup_mma_wait(1, deps=(acc,))

@@ -145,7 +145,7 @@ def store_wait(pendings: int) -> None:
     machine.world.turn(lambda: all(read for (read,) in earlier))
 
 
-def product(a: Buffer, w: Buffer, acc: Any, use_acc: bool = True, is_async: bool = False) -> Accumulator:
+def product(a: Buffer, w: Buffer, acc: Any, use_acc: bool, is_async: bool) -> Accumulator:
     machine.world.turn()
     acc = acc if isinstance(acc, Accumulator) else Accumulator(acc)
     for buffer in (a.root, w.root):

@@ -117,7 +117,8 @@ class Described:
 
     def put(self, at: list[int], block: np.ndarray) -> None:
         """What lies outside is not written."""
-        rows, columns = (np.arange(a, min(a + n, end)) for a, n, end in zip(at, block.shape, self.values.shape))
+        sizes = zip(at, block.shape, self.values.shape, strict=True)
+        rows, columns = (np.arange(a, min(a + n, end)) for a, n, end in sizes)
         self.memory.store(rows[:, None] * self.width + columns, block[: len(rows), : len(columns)], None)
 
 

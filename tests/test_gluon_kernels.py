@@ -1,6 +1,7 @@
 """The warp-specialized kernels' own source, on a machine in NumPy whose partitions run in random order."""
 
 import importlib
+import itertools
 import random
 import sys
 
@@ -136,14 +137,22 @@ FAULTS = {  # what is changed: module, old, new
     "z's buffer is not waited for": [("gluon_hidden_grad", "mbarrier.wait(z_empty.index(me), z_phase)", "pass")],
     "z's phase is not flipped": [("gluon_hidden_grad", "phase ^= 1\n        for i", "for i")],
     "dz is on its way when z's buffer is given away": [
-        ("gluon_hidden_grad", READ + "        mbarrier.arrive(z_empty", "        warp_barrier()\n        mbarrier.arrive(z_empty")
+        (
+            "gluon_hidden_grad",
+            READ + "        mbarrier.arrive(z_empty",
+            "        warp_barrier()\n        mbarrier.arrive(z_empty",
+        )
     ],
     "ph's buffer is not waited for": [("gluon_hidden_grad", "store_wait(pendings=3)", "store_wait(pendings=4)")],
-    "the gates of the next tile": [("gluon_hidden_grad", "order + gl.where(next_first + below", "order + gl.where(first + below")],
+    "the gates of the next tile": [
+        ("gluon_hidden_grad", "order + gl.where(next_first + below", "order + gl.where(first + below")
+    ],
     "a part's buffer is not waited for": [("gluon_product", READ, "        warp_barrier()\n")],
     "one warp alone waits for it": [("gluon_product", READ, "        tma.store_wait(pendings=0)\n")],
     "copied out before all warps have written": [("gluon_product", WRITTEN, "            fence_async_shared()\n")],
-    "the end does not wait for copies": [("gluon_product", "next_column\n    tma.store_wait(pendings=0)", "next_column")],
+    "the end does not wait for copies": [
+        ("gluon_product", "next_column\n    tma.store_wait(pendings=0)", "next_column")
+    ],
     "a tile that is cut leaves whole": [("gluon_product", "whole = first + BLOCK_M <= end", "whole = first <= end")],
     "rows past the end are stored": [("gluon_product", "keep = (rows < end)", "keep = (rows < end + 1)")],
     "columns past the width are stored": [("gluon_product", "(cols < width)", "(cols < width + 1)")],
@@ -267,14 +276,20 @@ def test_where_they_can_run(monkeypatch):
         assert not launch.warp_specializes(a, w, 64)
 
 
-def test_the_table_has_them_for_many_rows_alone():
-    special = [entry for entry in configs.entries() if entry.config.warp_specialized]
+def test_the_table():
+    """Calls that can run them get them somewhere, for all their kernels, and every such line; others never do."""
+    special = {entry for entry in configs.entries() if entry.config.warp_specialized}
     assert {entry.kernel for entry in special} == {"up", "down", "hidden_grad", "weight_grad"}
     for entry in special:
-        assert (entry.arch, entry.bits, entry.glu) == (configs.HOPPER, 16, False)
+        assert (entry.arch, entry.bits) == (configs.HOPPER, 16)
         assert (entry.config.block_k, entry.config.warps, entry.config.registers) == (configs.SUMMED, 4, None)
-        call = (entry.kernel, configs.HOPPER, 16, False)
-        assert configs.pick(*call, 513, 513, True) == entry.config != configs.pick(*call, 513, 513)
-        assert not configs.pick(*call, 512, 513, True).warp_specialized
-        assert configs.pick(*call, 512, 513, True) == configs.pick(*call, 512, 513)
-        assert not configs.pick(*call, 513, 256, True).warp_specialized
+        assert entry.glu is False or entry.kernel == "weight_grad"  # gradients of weights know no gated units
+    got = set()
+    for kernel, glu, rows, width in itertools.product(
+        {entry.kernel for entry in special}, (False, True), (48, 512, 513), (256, 512, 513)
+    ):
+        call = (kernel, configs.HOPPER, 16, glu, rows, width)
+        assert not configs.pick(*call).warp_specialized
+        if configs.pick(*call, True).warp_specialized:
+            got.add(next(entry for entry in configs.entries() if entry.fits(*call, True)))
+    assert got == special
