@@ -14,11 +14,11 @@ CPU = torch.device("cpu")
 
 sys.path.insert(0, str(BENCHMARKS))  # the scripts import each other by name
 try:
-    checks, config_table, gpu_run, gpu_summary, measure, moe_layer, peers, records, roofline, shapes, tune = (
+    checks, config_table, gpu_run, gpu_summary, launches, measure, moe_layer, peers, records, roofline, shapes, tune = (
         importlib.import_module(name)
         for name in (
-            *("checks", "config_table", "gpu", "gpu_summary", "measure", "moe_layer", "peers", "records"),
-            *("roofline", "shapes", "tune"),
+            *("checks", "config_table", "gpu", "gpu_summary", "launches", "measure", "moe_layer", "peers"),
+            *("records", "roofline", "shapes", "tune"),
         )
     )
     study, table_studies, tables_doc, text_studies, texts_doc = (

@@ -8,7 +8,7 @@ import torch
 
 from moe_mtl.kernels import configs, plan
 from moe_mtl.kernels.configs import Config, Entry
-from tests.benchmark_modules import CPU, TINY, config_table, python, shapes, tune
+from tests.benchmark_modules import CPU, TINY, config_table, launches, python, shapes, tune
 
 Shape, Bucket = shapes.Shape, config_table.Bucket
 
@@ -132,7 +132,7 @@ def test_not_too_many_candidates_the_table_first(arch, bits, kernel):
 
 
 LAUNCHES = """
-import torch, tune
+import launches, torch
 from unittest import mock
 from triton.runtime.jit import JITFunction
 from moe_mtl.kernels import configs, gpu
@@ -143,7 +143,7 @@ def told(a):
         return (*told(a.base), *a.block_shape)
     return (a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a
 
-def launches(run):
+def launched(run):
     found = set()
     def record(function, *args, grid, warmup, **constants):
         name = function.fn.__name__.removesuffix("_kernel")
@@ -155,7 +155,7 @@ def launches(run):
     return found
 
 def tuned():
-    for problem in tune.problems(shape, "bf16", torch.device("meta"), 132):
+    for problem in launches.problems(shape, "bf16", torch.device("meta"), 132):
         call = (shape.glu, shape.rows // shape.experts, problem.width, problem.warp_specialized)
         problem.run(configs.pick(problem.kernel, 90, 16, *call))
 
@@ -164,7 +164,8 @@ def library():
     sizes = ((shape.tokens, d), (e, wide, d), (e, d, shape.hidden), (e, wide), (e, d), (shape.rows, wide))
     x, w1, w2, b1, b2, z = (torch.empty(size, dtype=torch.bfloat16) for size in sizes)
     b1, b2 = (None, None) if shape.glu else (b1, b2)
-    gates, sort, act = torch.empty(shape.tokens, shape.k), tune._plan(shape, torch.device("meta")), shape.activation
+    gates, act = torch.empty(shape.tokens, shape.k), shape.activation
+    sort = launches.tables_of(shape, torch.device("meta"))
     for save in (True, False):
         gpu.moe_mlp(x, w1, b1, w2, b2, gates, sort, act, shape.glu, save)
     need = [True, True, b1 is not None, True, b2 is not None, True]
@@ -172,7 +173,7 @@ def library():
 
 special = 0
 for shape in SHAPES:
-    timed, real = launches(tuned), launches(library)
+    timed, real = launched(tuned), launched(library)
     assert len(real) == 7, len(real)
     assert timed == real, (shape, timed ^ real)
     special += sum("gluon" in module for module, *_ in real)
@@ -268,7 +269,7 @@ def test_a_sweep_times_what_is_right_and_names_the_rest(monkeypatch):
 def test_a_config_that_computes_something_else_is_not_timed(monkeypatch):
     table, other = Config(32, 32, 32), Config(64, 32, 32)
     right = torch.ones(4)
-    problem = tune.Problem("up", "wrong", 16, lambda config: (right if config == table else 1.1 * right,))
+    problem = launches.Problem("up", "wrong", 16, lambda config: (right if config == table else 1.1 * right,))
     monkeypatch.setattr(tune, "problems", lambda *args: [problem])
     monkeypatch.setattr(tune, "candidates", lambda *args: [table, other])
     found = tune.sweep([TINY], "bf16", CPU, [Entry("up", 90, 16, table)], 1, lambda *launch: "", lambda run: 1.0, 1e9)
