@@ -215,7 +215,7 @@ def _finish(
         y = parts[0]
         parts = shifted(parts)
         if BIAS:
-            y += bias.to(gl.float32)[None, :]  # type: ignore[attr-defined]
+            y += bias.to(gl.float32)[None, :]
             ahead = ns + (i + 1) * PART
             bias = gl.load(b_at + ahead, mask=ahead < width, other=0.0)
         rounded = y.to(h.dtype.element_ty)
