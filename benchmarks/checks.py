@@ -251,8 +251,9 @@ def check_warp_specialized(entry: configs.Entry, device: torch.device) -> Report
     """The same for an entry that is warp-specialized, where calls can run it: in inference, forward and backward.
 
     Enough rows that every program has several tiles; rows of experts, and columns of all results, end inside tiles. Of
-    the summed axes those of the first layer and of its weights' gradient end inside blocks; the others must not.
-    Gradients of weights have their tiles by the number and sizes of experts, 12 of each.
+    the summed axes those of the first layer and of its weights' gradient end inside blocks. Gradients of weights have
+    their tiles by the number and sizes of experts, 12 of each; the others are checked with one expert, and sizes below
+    those of blocks and parts, too.
     """
     from moe_mtl.kernels import gpu, triton_launch
 
@@ -261,7 +262,14 @@ def check_warp_specialized(entry: configs.Entry, device: torch.device) -> Report
     if entry.kernel == "weight_grad":
         even, odd = (512, 384, 512), (456, 320, 424)
         experts = max(experts, triton_launch.cdiv(triton_launch.TILES_EACH * configs.chip(device)[1], 12))
-    for kind, sizes, activation in (("bf16", even, "gelu"), ("bf16", odd, "silu"), ("fp16", odd, "relu")):
+    cases = [
+        ("bf16", Case(9000, 3, experts, *even, ids="some unused")),
+        ("bf16", Case(9000, 3, experts, *odd, activation="silu", ids="some unused")),
+        ("fp16", Case(9000, 3, experts, *odd, bias=False, activation="relu", ids="some unused")),
+    ]
+    if entry.kernel != "weight_grad":
+        cases.append(("bf16", Case(9000, 1, 1, 40, 64, 64 if entry.kernel == "hidden_grad" else 8)))
+    for kind, case in cases:
         used = []
 
         def forced(kernel: str, *call, used=used) -> configs.Config:
@@ -270,7 +278,6 @@ def check_warp_specialized(entry: configs.Entry, device: torch.device) -> Report
             used.append(kernel)
             return entry.config
 
-        case = Case(9000, 3, experts, *sizes, activation=activation, ids="some unused")
         with (
             mock.patch.object(configs, "pick", forced),
             mock.patch.object(gpu, "sorts_first", lambda *_: True),

@@ -152,6 +152,7 @@ def _layer(shape: Shape, dtype: torch.dtype) -> None:
     sort = plan.Plan(table, table, offsets, torch.empty(bounds, 3, dtype=torch.int32))
     for save in (True, False):
         gpu.moe_mlp(x, w1, b1, w2, b2, gates, sort, shape.activation, shape.glu, save)
+        gpu.moe_mlp(x, w1, None, w2, None, gates, sort, shape.activation, shape.glu, save)
     need = [True, True, b1 is not None, True, b2 is not None, True]
     gpu.moe_mlp_backward(dy, x, z, w1, w2, b2, gates, sort, shape.activation, shape.glu, need)
     if not shape.glu:  # without gradients of biases, and these alone
@@ -163,14 +164,20 @@ def _layer(shape: Shape, dtype: torch.dtype) -> None:
 def other_uses(launch: Launch) -> Iterator[Launch]:
     """The launch; of a warp-specialized kernel, those for results that end inside a tile and for other activations too.
 
-    No shape here needs them, and these kernels have next to no registers and memory to spare.
+    No shape here needs them, and these kernels have next to no registers and memory to spare. Widths that end inside a
+    tile need not be whole 32 bytes either.
     """
-    constants = dict(launch.constants)
-    act = constants.get("ACTIVATION")
-    for even in (True, False) if launch.gluon else (None,):
-        for name in ("gelu", "silu", "relu") if launch.gluon and act else (act,):
-            changed = {"EVEN": even, "EVEN_N": even, "ACTIVATION": name} if launch.gluon else {}
-            yield replace(launch, constants=tuple((c, changed.get(c, value)) for c, value in launch.constants))
+    if not launch.gluon:
+        yield launch
+        return
+    act = dict(launch.constants).get("ACTIVATION")
+    numbers = {name for name, kind in launch.signature if kind == "i32"}
+    for even in (True, False):
+        aligned = tuple(name for name in launch.aligned if even or name not in numbers)
+        for name in ("gelu", "silu", "relu") if act else (act,):
+            changed = {"EVEN": even, "EVEN_N": even, "ACTIVATION": name}
+            constants = tuple((c, changed.get(c, value)) for c, value in launch.constants)
+            yield replace(launch, constants=constants, aligned=aligned)
 
 
 def heaviest(launches: Iterable[Launch]) -> list[Launch]:

@@ -96,6 +96,7 @@ def hidden_grad_kernel(
         mbarrier.init(z_empty.index(i), count=1)
     fence_async_shared()
 
+    hidden = hidden // 8 * 8  # as it is: tells the compiler that rows of results begin at whole 16 bytes
     row_tiles = live_tiles(offsets, experts, BLOCK_M, EXPERTS)
     col_tiles = gl.cdiv(hidden, BLOCK_N)
     steps = gl.cdiv(out_dim, BLOCK_K)
@@ -260,7 +261,8 @@ def hidden_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dz [r, h], p h [r, h] and the parts of the gates' gradients [c, r], float32.
 
-    Rows of unused slots are not written. For operands of which `triton_launch.warp_specializes` holds.
+    Rows of unused slots are not written. For operands of which `triton_launch.warp_specializes` holds, and a z of which
+    `describable` does.
 
     Args:
         dys: sorted rows [r, o]; see `sort_rows`.

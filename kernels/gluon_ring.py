@@ -43,11 +43,12 @@ first warp could hand a slot back while another still reads it, or still waits f
 overtaken. Reads of registers from shared memory are followed by `fence_async_shared` before the copy engine may write
 there; products and the copy engine need no fence between them.
 
-The way out. A tile leaves in parts of its columns, through a buffer of its consumer: written as products lie in
-registers, then taken by the copy engine, which neither computes addresses nor waits. A tile that ends with its expert's
-rows, inside, is stored by the threads instead, row by row. Two rules: between writing and asking the engine, a fence
-and a barrier of the warps; before writing again, `store_wait`, which only the thread that asked knows the end of, and a
-barrier. Nobody may end before the engine has read all buffers.
+The way out of products (gradients of weights are stored by threads alone). A tile leaves in parts of its columns,
+through a buffer of its consumer: written as products lie in registers, then taken by the copy engine, which neither
+computes addresses nor waits. A tile that ends with its expert's rows, inside, is stored by the threads instead, row by
+row. Two rules: between writing and asking the engine, a fence and a barrier of the warps; before writing again,
+`store_wait`, which only the thread that asked knows the end of, and a barrier. Nobody may end before the engine has
+read all buffers.
 
 A loop over the parts is a loop in the code too (`shifted`): unrolled, the code of two consumers does not fit the
 processor's cache of instructions, and all of it takes up to 1.4 times as long.

@@ -1,4 +1,4 @@
-"""Expert kernels in Triton: what `moe_mtl.kernels.ops` runs on a GPU.
+"""Expert kernels in Triton and Gluon: what `moe_mtl.kernels.ops` runs on a GPU.
 
 Called below autograd by `moe_mtl.kernels.ops`, which owns shapes, dtypes and the meaning of the arguments. Rows are
 sorted by expert and never padded: kernels gather them, or read a sorted copy where that is faster. Products add up in

@@ -1,5 +1,6 @@
 """How the kernels are launched, and with which blocks of memory for the copy engine."""
 
+import os
 import threading
 from typing import Any
 
@@ -12,8 +13,11 @@ from moe_mtl.kernels import configs
 from moe_mtl.kernels.configs import Config
 
 # Gluon, in which the warp-specialized kernels are written, is experimental and may change with any version of Triton:
-# these compile the kernels (tests/test_compiled_kernels.py). With another version the others run.
+# these compile the kernels (tests/test_compiled_kernels.py, `make test-triton36`), and 3.6 has run them on a GPU. With
+# another version, or MOE_MTL_GLUON=0, the others run.
 GLUON_KNOWN = ("3.6.", "3.7.")
+GLUON = os.environ.get("MOE_MTL_GLUON", "1") not in ("", "0")
+MOST_EXPERTS = 4096  # whose offsets a program of them reads at once
 TILE = 128  # rows, and columns, of a tile of weights
 TILES_EACH = 4  # of a processor, from which the warp-specialized kernel makes gradients of weights faster
 
@@ -94,14 +98,14 @@ def loads_blocks(device: torch.device) -> bool:
 
 def runs_gluon(device: torch.device) -> bool:
     """Whether the warp-specialized kernels run there: they are made of Hopper's products and barriers."""
-    return configs.chip(device)[0] == configs.HOPPER and triton.__version__.startswith(GLUON_KNOWN)
+    return GLUON and configs.chip(device)[0] == configs.HOPPER and triton.__version__.startswith(GLUON_KNOWN)
 
 
 def warp_specializes(a: Tensor, w: Tensor, width: int, transposed: bool = False) -> bool:
     """Whether the warp-specialized kernels can multiply sorted rows with the weights of their experts.
 
-    They read and write whole blocks. Without `transposed` the copy engine's zeros follow the summed
-    axis; with it, the next expert's weights do, so it must end with a block.
+    They read whole blocks, and write them or whole 16 bytes. Without `transposed` the copy engine's zeros follow the
+    summed axis; with it, the next expert's weights do, so it must end with a block.
 
     Args:
         a: rows [r, k].
@@ -115,7 +119,8 @@ def warp_specializes(a: Tensor, w: Tensor, width: int, transposed: bool = False)
         and describable(w)
         and w.is_contiguous()
         and width % 8 == 0
-        and max(a.shape[0] * width, w.shape[0] * w.shape[1]) < 2**31  # places in the result, rows of weights
+        and w.shape[0] <= MOST_EXPERTS
+        and max(a.shape[0] * width, w.shape[0] * w.shape[1], w.shape[0] * width) < 2**31  # what 32 bits count
         and (not transposed or w.shape[1] % configs.SUMMED == 0)
     )
 
@@ -138,6 +143,7 @@ def warp_specializes_sums(a: Tensor, b: Tensor, experts: int) -> bool:
         and describable(b)
         and cols_out % 8 == 0
         and rows_out * cols_out < 2**31  # places in the weights of an expert
+        and a.shape[0] < 2**31 - TILE
         and experts * cdiv(rows_out, TILE) * cdiv(cols_out, TILE) >= TILES_EACH * configs.chip(a.device)[1]
     )
 

@@ -1,7 +1,7 @@
 """What the Triton kernels share: products, activations and their derivatives, loads and parts of blocks.
 
 Axis letters are those of `moe_mtl.routing`. Addresses are computed in int64 wherever a row or an expert is multiplied
-by a stride; tables are int32.
+by a stride, or in 32 bits where a condition says that they suffice; tables are int32.
 """
 
 import triton

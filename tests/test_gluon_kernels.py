@@ -29,7 +29,7 @@ SIZES = {  # block_m, slots, parts, summed axis, width; blocks are 64 columns an
     "more steps than slots": (64, 3, 4, 160, 64),
     "tall tiles, ragged columns": (128, 2, 2, 96, 136),
 }
-ROLES = ("up", "up without z", "down", "input_grad", "hidden_grad")
+ROLES = ("up", "up without z", "up without bias", "down", "down without bias", "input_grad", "hidden_grad")
 ACTIVATIONS = ("gelu", "silu", "relu")
 
 
@@ -62,13 +62,13 @@ def check(kernels, role: str, case: str, sizes: str, activation: str, seed: int)
     transposed = role in ("input_grad", "hidden_grad")
     a = torch.randn(rows, inner).bfloat16()
     w = torch.randn(experts, *((inner, width) if transposed else (width, inner))).div(inner**0.5).bfloat16()
-    b = None if transposed else torch.randn(experts, width).bfloat16()
+    b = None if transposed or role.endswith("bias") else torch.randn(experts, width).bfloat16()
     weights = w.double() if transposed else w.double().mT
     exact = torch.cat([a[ids == e].double() @ weights[e] + (0 if b is None else b[e].double()) for e in range(experts)])
     act = reference.ACTIVATIONS[activation]
     with torch.no_grad():
         if role.startswith("up"):
-            save = role == "up"
+            save = role != "up without z"
             h, z = kernels.gluon_product.up(a, w, b, offsets, tiles, activation, save, config, programs)
             pairs = [(h, act(exact)), *[(z, exact)] * save]
             assert save or z.numel() == 0
@@ -283,6 +283,8 @@ def test_the_table():
     for entry in special:
         assert (entry.arch, entry.bits) == (configs.HOPPER, 16)
         assert (entry.config.block_k, entry.config.warps, entry.config.registers) == (configs.SUMMED, 4, None)
+        assert entry.config.stages >= 2  # a slot goes back when the next block is being multiplied
+        assert entry.config.epilogues in (1, 2, 4, 8) and entry.config.block_m in (64, 128)
         assert entry.glu is False or entry.kernel == "weight_grad"  # gradients of weights know no gated units
     got = set()
     for kernel, glu, rows, width in itertools.product(

@@ -52,8 +52,8 @@ def test_a_line_that_nobody_uses_is_said(monkeypatch):
     monkeypatch.setattr(checks, "check_mlp", check_mlp)
     for able in (True, False):
         report = checks.check_config(entry, CPU)
-        assert report.cases == 3 and len(report.failures) == 3 * (not able)
-    assert used[:3] == [entry.config] * 3 and not any(config.warp_specialized for config in used[3:])
+        assert report.cases == 4 and len(report.failures) == 4 * (not able)
+    assert used[:4] == [entry.config] * 4 and not any(config.warp_specialized for config in used[4:])
     assert report.failures[0].startswith("up Config(") and report.failures[0].endswith("no call could run it")
 
 
