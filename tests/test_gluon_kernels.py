@@ -271,6 +271,11 @@ def test_where_they_can_run(monkeypatch):
     assert not launch.warp_specializes(a, w[:, :32].contiguous(), 128, True)  # the summed axis ends inside a block
     many = torch.empty(2**25, 128, dtype=torch.bfloat16, device="meta")
     assert launch.warp_specializes(many, w, 56) and not launch.warp_specializes(many, w, 64)  # 2^31 numbers
+    experts = torch.empty(launch.MOST_EXPERTS + 1, 64, 128, dtype=torch.bfloat16, device="meta")
+    assert launch.warp_specializes(many, experts[1:], 56) and not launch.warp_specializes(many, experts, 56)
+    with monkeypatch.context() as off:
+        off.setattr(launch, "GLUON", False)
+        assert not launch.warp_specializes(a, w, 64)
     for arch in (0, 80, 89, 100, 120):
         monkeypatch.setattr(configs, "chip", lambda device, arch=arch: (arch, 132))
         assert not launch.warp_specializes(a, w, 64)

@@ -181,6 +181,8 @@ def test_where_they_run(monkeypatch):
     assert not can(a[:0], b[:0], 8)
     many = torch.empty(1, 2**16, dtype=torch.bfloat16, device="meta")
     assert can(many, many[:, : 2**15 - 8], 1) and not can(many, many[:, : 2**15], 1)  # 2^31 numbers of an expert
+    rows = torch.empty(2**31 - launch.TILE, 768, dtype=torch.bfloat16, device="meta")
+    assert can(rows[1:], rows[1:], 15) and not can(rows, rows, 15)
     for arch in (0, 80, 89, 100, 120):
         monkeypatch.setattr(configs, "chip", lambda device, arch=arch: (arch, 132))
         assert not can(a, b, 8)
