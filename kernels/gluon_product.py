@@ -18,7 +18,6 @@ from moe_mtl.kernels.gluon_ring import (
     WORKERS,
     counted,
     described,
-    grouped_order,
     held_back,
     live_tiles,
     look_up,
@@ -31,6 +30,7 @@ from moe_mtl.kernels.gluon_ring import (
 )
 from moe_mtl.kernels.triton_launch import cdiv, launch
 from moe_mtl.kernels.triton_math import activate
+from moe_mtl.kernels.triton_product import grouped_order
 
 
 @gluon.jit(do_not_specialize=["experts"], do_not_specialize_on_alignment=["tiles", "offsets"])

@@ -68,21 +68,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moe_mtl.kernels.triton_launch import next_power_of_2
+from moe_mtl.kernels.triton_product import grouped_order
 
 warp_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.6; of the partition's warps
 
 WORKERS = gl.constexpr([4, 1])  # warps of the partitions beside the default one
 REGISTERS = gl.constexpr([240, 24])  # of a thread there; 2 * 128 * 240 + 128 * 24 of the processor's 65536
-
-
-@gluon.jit
-def grouped_order(number, row_tiles, col_tiles, GROUP: gl.constexpr):
-    """Row and column tile: GROUP row tiles use a column of weights before the next column's turn."""
-    span = GROUP * col_tiles
-    first = (number // span) * GROUP
-    size = gl.minimum(row_tiles - first, GROUP)
-    within = number % span
-    return first + within % size, within // size
 
 
 @gluon.jit

@@ -33,7 +33,7 @@ from tests.gluon_machine import (
 )
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
-MODULES = ("triton_math", "gluon_ring", "gluon_product", "gluon_hidden_grad", "gluon_weight_grad")
+MODULES = ("triton_math", "triton_product", "gluon_ring", "gluon_product", "gluon_hidden_grad", "gluon_weight_grad")
 WARPS = 4  # of a consumer
 
 seeds = random.Random(0)
