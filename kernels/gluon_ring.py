@@ -4,7 +4,7 @@ One persistent program per processor, of 9 warps and more registers than a progr
 
     consumer 0   the default partition, 4 warps   tiles 0, 2, 4, ... of the program: products and all that follows
     consumer 1   a worker, 4 warps                tiles 1, 3, 5, ...
-    producer     a worker, 1 warp                 asks the copy engine for the operands of all tiles, in order
+    producer     a worker, 1 warp                 asks the copy engine (TMA) for the operands of all tiles, in order
 
 Tiles. The plan's table of tiles begins with those that hold rows; how many they are (`live_tiles`) follows from the
 plan's offsets. Program p has the tiles p, p + programs, p + 2 programs, ... of them and of all columns, in the order of
@@ -34,9 +34,9 @@ With the turn, every block before the tile has been seen by a wait on `ready`: b
 belongs to this tile or to one before. Turns alternate strictly, and a consumer passes the turn on only behind a barrier
 of its warps after its own wait for it, so nobody is overtaken by two.
 
-Products of the consumers thus follow each other, in the order in which blocks are loaded, and the consumer that has
-passed the turn on finishes its tile meanwhile. The turn is passed on with the last product in flight: the tensor cores
-do not pause.
+Products of the consumers follow each other (ping-pong scheduling), in the order in which blocks are loaded, and the
+consumer that has passed the turn on finishes its tile meanwhile. The turn is passed on with the last product in flight:
+the tensor cores do not pause.
 
 Every `arrive` stands behind a barrier of the partition's warps. One thread arrives for all; without the barrier the
 first warp could hand a slot back while another still reads it, or still waits for the phase that is about to be
